@@ -1,0 +1,313 @@
+"""Models: names and presets, the built-in tiny model with its warm start, loading, and token log-probs in little memory."""
+
+import difflib
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _aliases():
+    names = {}
+    for size in ("0.5b", "1.5b", "3b", "7b", "14b", "32b", "72b"):
+        big = size.upper()
+        names[f"qwen2.5-{size}"] = f"Qwen/Qwen2.5-{big}"
+        names[f"qwen2.5-{size}-instruct"] = f"Qwen/Qwen2.5-{big}-Instruct"
+        if size in ("1.5b", "7b", "72b"):
+            names[f"qwen2.5-math-{size}"] = names[f"qwen2.5-{size}-math"] = f"Qwen/Qwen2.5-Math-{big}"
+            names[f"qwen2.5-math-{size}-instruct"] = f"Qwen/Qwen2.5-Math-{big}-Instruct"
+            names[f"qwen2.5-{size}-math-instruct"] = f"Qwen/Qwen2.5-Math-{big}-Instruct"
+    for size in ("0.6b", "1.7b", "4b", "8b", "14b"):
+        names[f"qwen3-{size}"] = f"Qwen/Qwen3-{size.upper()}"
+        names[f"qwen3-{size}-base"] = f"Qwen/Qwen3-{size.upper()}-Base"
+    names |= {"qwen3-32b": "Qwen/Qwen3-32B", "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B"}
+    names["qwen3-30b-a3b-base"] = "Qwen/Qwen3-30B-A3B-Base"
+    for version, size in (("3.2", "1b"), ("3.2", "3b"), ("3.1", "8b"), ("3.1", "70b"), ("3.3", "70b")):
+        name = f"meta-llama/Llama-{version}-{size.upper()}"
+        names[f"llama-{version}-{size}-instruct"] = name + "-Instruct"
+        if version != "3.3":
+            names[f"llama-{version}-{size}"] = name
+    return names
+
+
+ALIASES = _aliases()
+
+# What a field of Args that was left at None becomes. `tiny` is the embedded default; the others are chosen by the
+# number of parameters (in billions, up to and including). Rates: 1e-6 is the field's value for full fine-tuning of
+# 1.5B to 32B (DAPO, GSPO, Dr. GRPO scripts).
+TINY = dict(
+    task="addition", steps=60, prompts_per_step=32, group_size=8, minibatches=4, lr=3e-4, max_new_tokens=28,
+    eval_every=0, checkpoint_every=20, dtype="float32", optimizer="adamw", gradient_checkpointing=False,
+    micro_batch_tokens=16384,
+)  # fmt: skip
+REAL = dict(
+    task="gsm8k", steps=200, prompts_per_step=128, group_size=8, minibatches=4, lr=1e-6, max_new_tokens=1024,
+    eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw", gradient_checkpointing=True,
+    micro_batch_tokens=32768,
+)  # fmt: skip
+PRESETS = {
+    1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False),
+    4.0: REAL,
+    9.0: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=16384),
+    1e9: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=8192),
+}
+
+
+def _quiet():
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def locate(name):
+    """`name` (tiny, alias, hub id or local folder) -> what transformers loads. Raises UserError with the nearest names."""
+    if name == "tiny" or os.path.isdir(name):
+        return name
+    if name.lower() in ALIASES:
+        return ALIASES[name.lower()]
+    if name.count("/") == 1 and not name.startswith((".", "/")) and not name.endswith("/"):
+        return name
+    near = difflib.get_close_matches(name.lower(), ["tiny", *ALIASES], 4, 0.3)
+    what = "no such folder" if "/" in name else "unknown model"
+    raise UserError(f"{what} {name!r}; nearest names: {', '.join(near)}; or give a hub id (owner/name) or a folder")
+
+
+def _fetch(loader, name, **kwargs):
+    try:
+        return loader.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if os.path.isdir(name):
+            raise UserError(f"cannot load a model from the folder {name}: {lines[0][:200]}") from None
+        raise UserError(
+            f"model {name} could not be had from the hub ({lines[0][:160]}); "
+            "download it on a machine with network and give the folder: --model path/to/folder"
+        ) from None
+
+
+def resolve(args):
+    """Fills every field of `args` left at None from the preset of its model, and checks the shared fields.
+    Returns (args, the model's transformers config)."""
+    from transformers import AutoConfig
+
+    _quiet()
+    name = locate(args.model)
+    config = tiny_config() if name == "tiny" else _fetch(AutoConfig, name)
+    billions = count_parameters(config) / 1e9
+    preset = TINY if name == "tiny" else next(p for limit, p in PRESETS.items() if billions <= limit)
+    for f in fields(args):
+        if getattr(args, f.name) is None and f.name in preset:
+            setattr(args, f.name, preset[f.name])
+    for field, least in (("steps", 0), ("prompts_per_step", 1), ("group_size", 1), ("minibatches", 1), ("epochs", 1),
+                         ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
+        if getattr(args, field, least) < least:
+            raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature must be above 0, is {args.temperature}: a greedy policy has nothing to learn from")
+    return args, config
+
+
+def count_parameters(config):
+    """Number of parameters of a transformers config, counted on a model without storage."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+# ---------------------------------------------------------------- the built-in tiny model
+
+CHARACTERS = "\n +-*/=().,:?" + "0123456789" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"
+
+
+def tiny_tokenizer():
+    """One token per character, 78 in all; what it does not know is <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=1024
+    )
+
+
+def tiny_config(vocab_size=None):
+    """A Qwen2 of about 230 thousand parameters."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        vocab_size=vocab_size or 3 + len(CHARACTERS), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None, use_cache=True,
+    )  # fmt: skip
+
+
+# First the careful way alone, until the model can do it; then the mixture, so that it has the habit of guessing.
+WARM_START = dict(steps=600, careful_steps=420, batch=64, lr=5e-3, seed=0, version=1)
+
+
+def warm_start(task_name, cache=None):
+    """Folder of the tiny model after supervised training on the task's demonstrations, made once and cached under
+    runs/cache (or $TOKENPO_CACHE). Safe when two processes start at once: the first makes it, the other waits."""
+    from filelock import FileLock
+
+    from common import tasks
+
+    recipe = WARM_START | dict(task=task_name, config=tiny_config().to_dict(), torch=torch.__version__)
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    cache = Path(cache or os.environ.get("TOKENPO_CACHE") or ROOT / "runs" / "cache")
+    folder = cache / f"tiny-{task_name.replace(':', '-').replace('/', '-')}-{key}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "model.safetensors").exists():
+                tokenizer = tiny_tokenizer()
+                scratch = Path(f"{folder}.tmp")
+                shutil.rmtree(scratch, ignore_errors=True)
+                _supervise(tasks.load(task_name, tokenizer), tokenizer).save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
+                os.rename(scratch, folder)
+    except OSError as error:
+        raise UserError(f"cannot write the warm-started model to {cache}: {error.strerror or error}") from None
+    return str(folder)
+
+
+def _supervise(task, tokenizer):
+    """Next-token training of a fresh tiny model on demonstrations, completions only."""
+    from tqdm import tqdm
+    from transformers import Qwen2ForCausalLM
+
+    if task.demonstrate is None:
+        raise UserError(f"the tiny model needs a task with demonstrations (addition, countdown); {task.name} has none")
+    rng = random.Random(WARM_START["seed"])
+    with torch.random.fork_rng():
+        torch.manual_seed(WARM_START["seed"])
+        model = Qwen2ForCausalLM(tiny_config())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START["lr"], betas=(0.9, 0.98))
+    steps = WARM_START["steps"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_START["lr"], total_steps=steps, pct_start=0.2)
+    for step in tqdm(range(steps), desc="warm start (once, then cached)", disable=None, leave=False):
+        rows = rng.choices(task.train, k=WARM_START["batch"])
+        careful = 1.0 if step < WARM_START["careful_steps"] else 0.3
+        done = tokenizer([task.demonstrate(rng, e, careful) for e in rows])["input_ids"]
+        sequences = [e.ids + d + [tokenizer.eos_token_id] for e, d in zip(rows, done)]
+        width = max(map(len, sequences))
+        ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+        labels = torch.tensor(
+            [[-100] * len(e.ids) + s[len(e.ids) :] + [-100] * (width - len(s)) for e, s in zip(rows, sequences)]
+        )
+        model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+    return model
+
+
+# ---------------------------------------------------------------- loading
+
+
+class Policy(nn.Module):
+    """A causal language model that returns log-probs of given tokens instead of logits.
+
+    forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T], entropy [b, T], both float32,
+    0 where mask is False. The completion is the last T of the S positions. The head runs on the masked positions only,
+    `chunk` of them at a time, recomputed in the backward pass, so [b, T, V] never exists."""
+
+    def __init__(self, lm, chunk=1024):
+        super().__init__()
+        self.lm, self.chunk = lm, chunk
+
+    def forward(self, ids, attention_mask, mask, temperature=1.0):
+        T = mask.shape[1]
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        hidden = self.lm.model(
+            input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        logp, entropy = head_logp(
+            hidden[:, -T - 1 : -1][mask], self.lm.lm_head.weight, ids[:, -T:][mask], temperature, self.chunk
+        )
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=ids.device)
+        return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+
+
+def head_logp(hidden, weight, targets, temperature=1.0, chunk=1024):
+    """hidden [N, H], head weight [V, H], targets [N] -> logp [N] of the targets and entropy [N] (nats, detached),
+    float32, of softmax(hidden weight' / temperature). Extra memory: one [chunk, V] of float32."""
+    if not len(hidden):
+        return hidden.float().sum(-1), hidden.detach().float().sum(-1)
+    parts = [
+        checkpoint(_chunk_logp, h, weight, t, temperature, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _chunk_logp(hidden, weight, targets, temperature):
+    logits = (hidden @ weight.T).float() / temperature
+    normalizer = logits.logsumexp(-1)
+    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
+    with torch.no_grad():  # H = log Z - E[logit]
+        entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
+    return logp, entropy
+
+
+def load_tokenizer(args):
+    """The tokenizer of `args.model`; for the tiny model this makes the warm start, if it is not cached."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _fetch(AutoTokenizer, _folder(args), padding_side="left")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {args.model}: its tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _folder(args):
+    return warm_start(args.task) if args.model == "tiny" else locate(args.model)
+
+
+def load(args, device, trainable=True):
+    """The Policy of `args.model`, with LoRA layers where args.lora_rank > 0; or, not trainable, a frozen copy of the start."""
+    from transformers import AutoModelForCausalLM
+
+    lm = _fetch(AutoModelForCausalLM, _folder(args), dtype=getattr(torch, args.dtype))
+    lm.config.use_cache = True
+    if args.lora_rank and trainable:
+        import peft
+
+        peft_config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
+        lm.requires_grad_(False)
+        lm = peft.inject_adapter_in_model(peft_config, lm)
+    if args.gradient_checkpointing and trainable:
+        lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if not trainable:
+        lm.requires_grad_(False)
+    lm.train(trainable)
+    return Policy(lm.to(device))
+
+
+def check_context(config, task, args):
+    """Positions that the longest prompt and completion need. Raises UserError where the model has fewer."""
+    longest = max(task.train + task.test, key=lambda e: len(e.ids))
+    context = len(longest.ids) + args.max_new_tokens
+    if context > config.max_position_embeddings:
+        raise UserError(
+            f"the longest prompt ({len(longest.ids)} tokens, {longest.prompt[:40]!r}) with --max-new-tokens "
+            f"{args.max_new_tokens} needs {context} positions; the model has {config.max_position_embeddings}"
+        )
+    return context

@@ -1,0 +1,345 @@
+"""Rollouts: engines that take token ids and return token ids, and the batch that the loop trains on."""
+
+import os
+import tempfile
+from dataclasses import dataclass, fields
+
+import torch
+
+from common import UserError, gpu
+
+
+@dataclass
+class Rollout:
+    """B = P * G completions, groups contiguous; prompts padded on the left, completions on the right, S = prompt + T.
+    Token ids are those the engine sampled: nothing is decoded and encoded again on the way to the loss."""
+
+    prompt_id: torch.Tensor  # [B] int64, stable over epochs
+    ids: torch.Tensor  # [B, S] int64
+    attention_mask: torch.Tensor  # [B, S] bool
+    mask: torch.Tensor  # [B, T] bool: completion tokens, the ending EOS included
+    sampler_logp: torch.Tensor  # [B, T] float32: what the engine says of its samples
+    truncated: torch.Tensor  # [B] bool: no EOS within max_new_tokens
+    accuracy: torch.Tensor  # [P, G] float32: right or wrong, before any shaping
+    reward: torch.Tensor  # [P, G] float32
+    policy_version: torch.Tensor  # [B] int64: optimizer steps behind the sampling policy
+    old_logp: torch.Tensor | None = None  # [B, T] float32, by the trainer, before the first update
+    ref_logp: torch.Tensor | None = None  # [B, T] float32, of the frozen reference (only where beta > 0)
+    adv: torch.Tensor | None = None  # [B, T] float32
+    weights: torch.Tensor | None = None  # [B, T] float32: token_weights of the minibatch that a row is in
+    texts: list | None = None  # B decoded completions, for checking and reading only
+    answers: list | None = None  # B extracted answers
+
+    def take(self, rows):
+        """Rows [b] as a batch of their own, cut to their longest prompt and completion."""
+        out = {}
+        T = self.mask.shape[1]
+        left = self.attention_mask.shape[1] - T - int(self.attention_mask[rows, :-T].sum(1).max())
+        t = max(1, int(self.mask[rows].sum(1).max()))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not isinstance(value, torch.Tensor) or f.name in ("accuracy", "reward"):
+                continue
+            value = value[rows]
+            if f.name in ("ids", "attention_mask"):
+                value = value[:, left : value.shape[1] - (T - t)]
+            elif value.dim() == 2:
+                value = value[:, :t]
+            out[f.name] = value
+        return Rollout(accuracy=self.accuracy, reward=self.reward, **out)
+
+    def micro_batches(self, rows, budget):
+        """Cuts rows [b] into micro-batches of at most `budget` padded tokens, sorted by length, so that ragged batches
+        cost what their tokens cost. Every rank yields equally many (FSDP needs it): ranks that run out repeat a row
+        with weight 0."""
+        lengths = self.attention_mask[rows].sum(1)
+        cuts, current, widest = [], [], 0
+        for i in lengths.argsort(descending=True, stable=True).tolist():
+            widest = max(widest, int(lengths[i]))
+            if current and widest * (len(current) + 1) > budget:
+                cuts.append(current)
+                current, widest = [], int(lengths[i])
+            current.append(i)
+        cuts += [current] if current else []
+        for i in range(gpu.maximum(len(cuts))):
+            if i < len(cuts):
+                yield self.take(rows[torch.tensor(cuts[i], device=rows.device)])
+            else:
+                idle = self.take(torch.zeros(1, dtype=torch.int64, device=self.ids.device))
+                idle.mask, idle.weights = idle.mask & False, idle.weights * 0 if idle.weights is not None else None
+                yield idle
+
+
+@torch.no_grad()
+def logp_of(policy, batch, args):
+    """Per-token log-probs [B, T] of a whole rollout under `policy`, by micro-batches, temperature included."""
+    out = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.ids.device)
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)
+    batch.weights = rows[:, None].expand(batch.mask.shape).contiguous()  # carries the row number through the cut
+    for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+        logp, _ = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+        if mb.mask.any():
+            out[mb.weights[:, 0], : logp.shape[1]] = logp
+    batch.weights = None
+    return out
+
+
+def collect(engine, scorer, tokenizer, examples, args, step):
+    """Samples args.group_size completions for every example of this rank and scores them -> Rollout on the policy's device.
+    A truncated completion is wrong, whatever its text says."""
+    G, T_max = args.group_size, args.max_new_tokens
+    offset = gpu.rank() * len(examples)
+    seeds = [hash_seed(args.seed, step, offset + i) for i in range(len(examples))]
+    out = engine.generate([e.ids for e in examples], G, T_max, args.temperature, seeds)
+    return assemble(out, [e for e in examples for _ in range(G)], G, scorer, tokenizer, args, step, engine.device)
+
+
+def assemble(out, examples, G, scorer, tokenizer, args, step, device):
+    """Engine output [(ids, logp, ended)] of B examples -> scored Rollout."""
+    B = len(out)
+    S0, T = max(len(e.ids) for e in examples), max(1, max(len(ids) for ids, _, _ in out))
+    ids = torch.full((B, S0 + T), tokenizer.pad_token_id, dtype=torch.int64)
+    attention, logp = torch.zeros(B, S0 + T, dtype=torch.bool), torch.zeros(B, T)
+    for i, (e, (tokens, token_logp, _)) in enumerate(zip(examples, out)):
+        row = e.ids + tokens
+        start = S0 - len(e.ids)
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        attention[i, start : start + len(row)] = True
+        logp[i, : len(tokens)] = torch.tensor(token_logp)
+    truncated = torch.tensor([not ended for _, _, ended in out])
+    texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True)
+    answers, scores = scorer(texts, [e.answer for e in examples])
+    accuracy = torch.tensor(scores).masked_fill(truncated, 0.0).view(-1, G)
+    reward = accuracy.clone()
+    if args.format_reward:
+        from common.rewards import has_format
+
+        reward += args.format_reward * torch.tensor([has_format(t) for t in texts]).float().view(-1, G)
+    return Rollout(
+        prompt_id=torch.tensor([e.id for e in examples], device=device),
+        ids=ids.to(device),
+        attention_mask=attention.to(device),
+        mask=attention[:, S0:].to(device),
+        sampler_logp=logp.to(device),
+        truncated=truncated.to(device),
+        accuracy=accuracy.to(device),
+        reward=reward.to(device),
+        policy_version=torch.full((B,), step, device=device),
+        texts=texts,
+        answers=answers,
+    )
+
+
+def evaluate(engine, scorer, tokenizer, examples, args):
+    """Greedy accuracy on held-out examples, over all ranks."""
+    mine = examples[gpu.rank() :: gpu.world()]
+    out = engine.generate([e.ids for e in mine], 1, args.max_new_tokens, 0.0, [0] * len(mine))
+    texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True)
+    _, scores = scorer(texts, [e.answer for e in mine])
+    right = sum(s for s, (_, _, ended) in zip(scores, out) if ended)
+    return gpu.total(right) / len(examples)
+
+
+def minibatches(batch, args, step, token_weights):
+    """Cuts the rollout of all ranks into args.minibatches random parts, args.epochs times over; yields this rank's rows [b]
+    of a part and the weights [B, T] of token_weights(mask, args) on the whole part, which gradient accumulation and data
+    parallelism therefore cannot change."""
+    mask = gpu.gather(batch.mask)
+    mine = len(batch.mask) * gpu.rank()
+    for epoch in range(args.epochs):
+        shuffle = torch.Generator().manual_seed(hash_seed(args.seed, step, epoch, 7))
+        for part in torch.randperm(len(mask), generator=shuffle).to(mask.device).chunk(args.minibatches):
+            weights = torch.zeros(mask.shape, device=mask.device)
+            weights[part] = token_weights(mask[part], args).float()
+            rows = part[(part >= mine) & (part < mine + len(batch.mask))] - mine
+            yield rows, gpu.local(weights)[:, : batch.mask.shape[1]]
+
+
+def diagnostics(logp, mb, entropy):
+    """What every script logs per token: entropy, k3 distance and ratio to the rollout's policy, gap to the sampler."""
+    log_ratio = (logp.detach() - mb.old_logp).clamp(-20, 20)
+    gap = (mb.old_logp - mb.sampler_logp).abs()
+    return dict(
+        entropy=entropy, approx_kl=(-log_ratio).exp() + log_ratio - 1, ratio_max=log_ratio.exp(),
+        ratio_min=log_ratio.exp(), sampler_gap=gap, sampler_gap_max=gap,
+    )  # fmt: skip
+
+
+def summary(batch):
+    """Means over the completions of all ranks."""
+    lengths, spread = batch.mask.sum(1).float(), batch.accuracy.max(1).values - batch.accuracy.min(1).values
+    values = dict(
+        reward=batch.reward, accuracy=batch.accuracy, length=lengths, truncated=batch.truncated.float(),
+        informative_groups=(spread > 1e-6).float(), adv_mean=batch.adv.mean(1),
+    )  # fmt: skip
+    out = {k: gpu.total(v.double().sum().item()) / gpu.total(v.numel()) for k, v in values.items()}
+    out["adv_max"], out["adv_min"] = gpu.maximum(batch.adv.max().item()), -gpu.maximum(-batch.adv.min().item())
+    return out
+
+
+def hash_seed(*numbers):
+    """One 63-bit seed from several integers: randomness is a function of (seed, step, prompt), so that a resumed run and
+    a run on more ranks sample the same completions."""
+    state = 0x9E3779B97F4A7C15
+    for n in numbers:
+        state = ((state ^ (n & (1 << 64) - 1)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
+        state ^= state >> 29
+    return state >> 1
+
+
+# ---------------------------------------------------------------- engines
+
+
+def make_engine(policy, tokenizer, args, context):
+    """The engine that `args.engine` names: hf, vllm, or auto (vllm where it is installed and the model is a real one)."""
+    import importlib.util
+
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.engine not in ("auto", "hf", "vllm"):
+        raise UserError(f"--engine must be auto, hf or vllm, is {args.engine!r}")
+    if args.engine == "vllm" and not installed:
+        raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
+    if args.engine == "vllm" or args.engine == "auto" and installed and torch.cuda.is_available():
+        return VLLM(policy, tokenizer, args, context)
+    return HF(policy, tokenizer)
+
+
+class _Sampler:
+    """A logits processor that samples by the Gumbel-max trick with one generator per prompt, so that a completion does
+    not depend on what else is in the batch; it keeps the log-probs of what it chose."""
+
+    def __init__(self, temperature, generators, n):
+        self.temperature, self.generators, self.n, self.logp = temperature, generators, n, []
+
+    def __call__(self, input_ids, scores):
+        logp = torch.log_softmax(scores.float() / (self.temperature or 1.0), -1)
+        noisy = logp
+        if self.temperature:
+            noise = torch.empty_like(logp)
+            for i, g in enumerate(self.generators):
+                noise[i * self.n : (i + 1) * self.n].exponential_(generator=g)
+            noisy = logp - noise.log()
+        self.logp.append(logp.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1))
+        return noisy
+
+
+class HF:
+    """transformers `generate`. Uses the policy's own weights; a sharded policy gets a full copy, synced after updates."""
+
+    name = "hf"
+
+    def __init__(self, policy, tokenizer, rows=1024):
+        import copy
+
+        self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
+        self.device = gpu.device()
+        self.lm = policy.lm
+        if gpu.world() > 1:
+            from transformers import AutoModelForCausalLM
+
+            dtype = next(policy.parameters()).dtype
+            self.lm = AutoModelForCausalLM.from_config(copy.deepcopy(policy.lm.config), dtype=dtype).to(self.device)
+            self.sync()
+        self.lm.generation_config = type(self.lm.generation_config)()  # no top-p, top-k or penalties of the model's own
+
+    def sync(self):
+        if self.lm is not self.policy.lm:
+            own = dict(self.lm.named_parameters())
+            for name, weight in gpu.full_weights(self.policy):
+                if name in own:
+                    own[name].data.copy_(weight)
+
+    def sleep(self):
+        pass
+
+    def wake(self):
+        pass
+
+    @torch.no_grad()
+    def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
+        """-> for every prefix its n completions, each (token ids with the EOS, their log-probs, ended by EOS)."""
+        from transformers import LogitsProcessorList
+
+        eos, out, per_call = self.tokenizer.eos_token_id, [], max(1, self.rows // n)
+        training = self.lm.training
+        self.lm.eval()
+        for first in range(0, len(prefixes), per_call):
+            some = [p for p in prefixes[first : first + per_call] for _ in range(n)]
+            width = max(map(len, some))
+            pad = self.tokenizer.pad_token_id
+            ids = torch.tensor([[pad] * (width - len(p)) + p for p in some], device=self.device)
+            attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=self.device)
+            generators = [torch.Generator(self.device).manual_seed(s) for s in seeds[first : first + per_call]]
+            sampler = _Sampler(temperature, generators, n)
+            with gpu.no_checkpointing(self.lm):
+                done = self.lm.generate(
+                    input_ids=ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
+                    eos_token_id=eos, pad_token_id=pad, logits_processor=LogitsProcessorList([sampler]),
+                )  # fmt: skip
+            tokens, logp = done[:, width:].tolist(), torch.stack(sampler.logp, 1).tolist()
+            for row, row_logp in zip(tokens, logp):
+                end = row.index(eos) + 1 if eos in row else len(row)
+                out.append((row[:end], row_logp[:end], eos in row))
+        self.lm.train(training)
+        return out
+
+
+class VLLM:
+    """vLLM 0.32 in this process: one engine per rank on the rank's own device, weights replaced in place after every
+    update. On a GPU it sleeps while the trainer updates."""
+
+    name = "vllm"
+
+    def __init__(self, policy, tokenizer, args, context):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        import vllm
+
+        if not vllm.__version__.startswith("0.32."):
+            print(f"note: vLLM {vllm.__version__} is not the tested 0.32; if it misbehaves: --engine hf", flush=True)
+        self.policy, self.tokenizer, self.device = policy, tokenizer, gpu.device()
+        cuda = self.device.type == "cuda"
+        with tempfile.TemporaryDirectory() as folder:  # shapes only: the weights come by sync()
+            policy.lm.config.save_pretrained(folder)
+            self.llm = vllm.LLM(
+                model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=args.dtype,
+                max_model_len=context, logprobs_mode="processed_logprobs", enable_prefix_caching=True,
+                distributed_executor_backend="external_launcher" if gpu.world() > 1 else "uni",
+                gpu_memory_utilization=args.vllm_memory, enforce_eager=not cuda, enable_sleep_mode=cuda,
+                max_num_batched_tokens=max(8192, context), seed=0, disable_log_stats=True,
+            )  # fmt: skip
+        self.sync()
+
+    def sync(self):
+        """The policy's weights into the engine; then one tensor is read back and compared."""
+        weights = ((name, weight.to(self.device)) for name, weight in gpu.full_weights(self.policy))
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        self.llm.reset_prefix_cache()
+
+    def sleep(self):
+        if self.device.type == "cuda":
+            self.llm.sleep(level=1)
+
+    def wake(self):
+        if self.device.type == "cuda":
+            self.llm.wake_up()
+
+    def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
+        """As HF.generate. top-p and top-k stay off: a cut distribution is not the one that the trainer's log-probs are of."""
+        from vllm import SamplingParams
+
+        params = [
+            SamplingParams(
+                n=n, temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=s % 2**31,
+                stop_token_ids=[self.tokenizer.eos_token_id], detokenize=False,
+            ) for s in seeds
+        ]  # fmt: skip
+        done = self.llm.generate([{"prompt_token_ids": p} for p in prefixes], params, use_tqdm=False)
+        out = []
+        for request in done:
+            for c in request.outputs:
+                tokens = list(c.token_ids)
+                logp = [d[t].logprob for t, d in zip(tokens, c.logprobs)]
+                out.append((tokens, logp, bool(tokens) and tokens[-1] == self.tokenizer.eos_token_id))
+        return out

@@ -1,0 +1,368 @@
+"""Runs that can be watched, compared and survived: folder, metrics, samples, checkpoints, resume."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common import UserError, gpu, models
+
+MAY_CHANGE = ("resume", "run_dir", "steps", "eval_every", "checkpoint_every", "engine", "vllm_memory", "micro_batch_tokens")
+
+
+def prepare(script, args):
+    """-> (args with every field filled in, the model's config, the device): joins the process group and prints what will run."""
+    if args.resume:
+        args = inherit(Path(script).stem, args)
+    args, config = models.resolve(args)
+    device = gpu.init(args)
+    if gpu.rank() == 0:
+        print(f"{Path(script).stem}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), flush=True)
+    return args, config, device
+
+
+def inherit(script, args):
+    """A resumed run keeps its settings: fields left at their defaults come from its config.json; one that is given and
+    differs is refused, unless it is in MAY_CHANGE."""
+    path = Path(args.resume) / "config.json"
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"--resume {args.resume}: no run there ({path} cannot be read)") from None
+    if before["script"] != script:
+        raise UserError(f"--resume {args.resume}: that is a run of {before['script']}.py, not of {script}.py")
+    for f in dataclasses.fields(args):
+        given, old = getattr(args, f.name), before["args"].get(f.name, f.default)
+        if given == f.default and f.name not in ("resume", "run_dir"):
+            setattr(args, f.name, old)
+        elif given != old and f.name not in MAY_CHANGE:
+            flag = f.name.replace("_", "-")
+            raise UserError(f"--resume {args.resume}: --{flag} is {old} there, not {given}; a resumed run keeps its settings")
+    return args
+
+
+class Meter:
+    """Exact means over the masked tokens of a step, whatever the micro-batches and ranks. Names ending in _max or _min
+    take the extreme instead."""
+
+    def __init__(self):
+        self.sums, self.extremes, self.notes = {}, {}, {}
+
+    def note(self, **numbers):
+        """Numbers of one update, the same on all ranks: the mean over the step's updates is logged."""
+        for name, value in numbers.items():
+            self.notes.setdefault(name, []).append(value)
+
+    def add(self, stats, mask):
+        """stats {name: [b, T]}, mask [b, T]."""
+        for name, value in stats.items():
+            value = value.detach()[mask]
+            if name.endswith(("_max", "_min")):
+                sign = 1 if name.endswith("_max") else -1
+                best = (sign * value).max().item() if value.numel() else -math.inf
+                self.extremes[name] = max(self.extremes.get(name, -math.inf), best)
+            else:
+                s, n = self.sums.get(name, (0.0, 0))
+                self.sums[name] = s + value.double().sum().item(), n + value.numel()
+
+    def result(self):
+        out = {name: sum(values) / len(values) for name, values in self.notes.items()}
+        for name, (s, n) in self.sums.items():
+            s, n = gpu.total(s), gpu.total(n)
+            out[name] = s / n if n else 0.0
+        for name, value in self.extremes.items():
+            best = gpu.maximum(value)
+            out[name] = 0.0 if best == -math.inf else best if name.endswith("_max") else -best
+        return out
+
+
+class Run:
+    """One run's folder: config.json, metrics.jsonl, samples.jsonl, TensorBoard events, checkpoints/step-N/.
+    Only rank 0 writes. `state` is what a checkpoint carries besides weights and optimizer; a script may add to it."""
+
+    def __init__(self, script, args, config, tokenizer, context):
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.args, self.tokenizer, self.main, self.stop = args, tokenizer, gpu.rank() == 0, None
+        self.name = Path(script).stem
+        self.state = dict(step=0, cursor=0, version=0, skipped=0, accuracy_before=None)
+        self.bad_in_a_row, self.clock, self.times = 0, time.perf_counter(), {}
+        if args.resume:
+            self.dir = Path(args.resume)
+        else:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            self.dir = Path(args.run_dir or models.ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
+        self.found = self._open_checkpoint() if args.resume else None
+        if self.main:
+            self._write_config(config)
+            if self.found:
+                self._rewind(self.found[1]["step"])
+            self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
+            self.samples = open(self.dir / "samples.jsonl", "a", encoding="utf-8")
+            self.board = SummaryWriter(str(self.dir), purge_step=self.found[1]["step"] + 1 if self.found else None)
+            if args.model != "tiny":
+                print(gpu.explain_plan(config, args, models.count_parameters(config), context), flush=True)
+            print(f"run folder {self.dir}", flush=True)
+            start = self.found[1]["step"] if self.found else 0
+            self.bar = tqdm(total=args.steps, initial=start, desc=self.name, disable=None, dynamic_ncols=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask_to_stop)
+
+    # ---- configuration
+
+    def _write_config(self, config):
+        import transformers
+
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            if not self.args.resume and (self.dir / "metrics.jsonl").exists():
+                raise UserError(f"--run-dir {self.dir} already holds a run; continue it with --resume {self.dir}")
+            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=models.ROOT, capture_output=True, text=True)
+            record = dict(
+                script=self.name, args=dataclasses.asdict(self.args), git_commit=git.stdout.strip() or None,
+                model_config=config.to_diff_dict(), world_size=gpu.world(), device=str(gpu.device()),
+                versions=dict(python=sys.version.split()[0], torch=torch.__version__,
+                              transformers=transformers.__version__),
+            )  # fmt: skip
+            name = "config.json" if not self.args.resume else f"config-resumed-{self.found[1]['step']}.json"
+            (self.dir / name).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.dir}: {error.strerror or error}") from None
+
+    # ---- stop signals
+
+    def _ask_to_stop(self, number, frame):
+        if self.stop:  # the second time means now
+            raise KeyboardInterrupt
+        self.stop = number
+        if self.main:
+            print("\nstopping after this step (once more to stop at once)", file=sys.stderr, flush=True)
+
+    def stopping(self, policy, optimizer):
+        """True when a signal asked for a stop: then the checkpoint is written and the way to resume said."""
+        if not gpu.maximum(int(bool(self.stop))):
+            return False
+        self.save(policy, optimizer)
+        if self.main:
+            self.bar.close()
+            print(f"stopped after step {self.state['step']}; continue with --resume {self.dir}", flush=True)
+        return True
+
+    # ---- timing and logging
+
+    def timed(self, stage):
+        """Seconds since the last call go to `stage`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.times[stage] = self.times.get(stage, 0.0) + now - self.clock
+        self.clock = now
+
+    def log(self, metrics, batch):
+        """One line of metrics for the step just done, the bar, a few samples. `metrics` are plain numbers."""
+        rollout_tokens, t = int(gpu.total(int(batch.mask.sum()))), self.times
+        metrics = dict(step=self.state["step"], **metrics, tokens=rollout_tokens, skipped_updates=self.state["skipped"])
+        seconds = sum(t.values())
+        metrics |= {f"time/{k}": v for k, v in t.items()} | {"time/step": seconds}
+        metrics["time/tokens_per_s"] = rollout_tokens / max(seconds, 1e-9)
+        metrics["time/rollout_tokens_per_s"] = rollout_tokens / max(t.get("rollout", 0.0), 1e-9)
+        metrics["time/update_tokens_per_s"] = rollout_tokens * self.args.epochs / max(t.get("update", 0.0), 1e-9)
+        self.times = {}
+        if not self.main:
+            return
+        self.metrics.write(json.dumps(metrics) + "\n")
+        self.metrics.flush()
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self.board.add_scalar(name, value, metrics["step"])
+        keys = dict(reward="reward", accuracy="acc", length="len", entropy="H")
+        self.bar.set_postfix_str(
+            " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items())
+            + f" {metrics['time/tokens_per_s']:,.0f} tok/s",
+            refresh=False,
+        )
+        self.bar.update(1)
+        self._show(batch)
+
+    def _show(self, batch, n=2):
+        G = batch.reward.shape[1]
+        rows = [
+            dict(step=self.state["step"], prompt_id=int(batch.prompt_id[i]), completion=batch.texts[i],
+                 answer=batch.answers[i], reward=batch.reward.flatten()[i].item(), truncated=bool(batch.truncated[i]))
+            for i in range(G)
+        ]  # fmt: skip
+        self.samples.write("".join(json.dumps(r) + "\n" for r in rows))
+        self.samples.flush()
+        every = max(1, self.args.steps // 6)
+        if (self.state["step"] - 1) % every == 0:
+            for r in rows[:n]:
+                text = r["completion"] if len(r["completion"]) < 300 else r["completion"][:140] + " ... " + r["completion"][-140:]
+                self.bar.write(f"  step {r['step']:>4}  reward {r['reward']:.1f}  {text!r}")
+
+    def evaluated(self, accuracy, n):
+        """Records a greedy evaluation on n held-out prompts."""
+        step = self.state["step"]
+        if self.state["accuracy_before"] is None:
+            self.state["accuracy_before"] = accuracy
+        if self.main:
+            with open(self.dir / "evals.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(step=step, greedy_accuracy=accuracy, prompts=n)) + "\n")
+            self.board.add_scalar("greedy_accuracy", accuracy, step)
+            self.bar.write(f"  step {step:>4}  greedy accuracy {accuracy:.3f} on {n:,} held-out prompts")
+
+    def start_step(self):
+        self.clock, self.times = time.perf_counter(), {}
+
+    def finite(self, *numbers):
+        """Whether the update may be made. One that may not is counted; five in a row stop the run."""
+        good = all(map(math.isfinite, numbers))
+        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        self.state["skipped"] += not good
+        if self.bad_in_a_row >= 5:
+            raise UserError(
+                f"the loss or its gradient was not finite in 5 updates in a row (step {self.state['step'] + 1}); the "
+                f"weights are those of the last finite update. Try a smaller --lr. Metrics: {self.dir / 'metrics.jsonl'}"
+            )
+        return good
+
+    def finish(self, accuracy, n):
+        if self.main:
+            self.bar.close(), self.board.close(), self.metrics.close(), self.samples.close()
+            print(f"greedy accuracy {self.state['accuracy_before']:.2f} -> {accuracy:.2f} on {n} held-out prompts", flush=True)
+
+    # ---- checkpoints
+
+    def save(self, policy, optimizer):
+        """Writes checkpoints/step-N atomically: a folder that transformers can load, plus state.pt. Keeps the last two."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        folder = self.dir / "checkpoints" / f"step-{self.state['step']:06d}"
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = {}
+        for name, weight in gpu.full_weights(policy):  # all ranks take part, one keeps
+            if self.main:
+                weights[name] = weight.cpu().contiguous()
+        adapter = {k: gpu._full(v.detach()).cpu() for k, v in policy.lm.named_parameters() if ".lora_" in k}
+        optimizer_state = get_optimizer_state_dict(policy, optimizer, options=options)
+        if not self.main or folder.exists():
+            return
+        scratch = folder.with_suffix(".tmp")
+        try:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+            write_weights(policy.lm, weights, scratch)
+            self.tokenizer.save_pretrained(scratch)
+            torch.save(dict(state=self.state, optimizer=optimizer_state, adapter=adapter), scratch / "state.pt")
+            sums = {p.name: _digest(p) for p in sorted(scratch.iterdir())}
+            (scratch / "manifest.json").write_text(json.dumps(dict(model=model_key(policy.lm.config), files=sums)))
+            for path in [*scratch.iterdir(), scratch]:
+                handle = os.open(path, os.O_RDONLY)
+                os.fsync(handle), os.close(handle)
+            os.rename(scratch, folder)
+        except OSError as error:
+            raise UserError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from None
+        for old in self._checkpoints()[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _checkpoints(self):
+        return sorted(p for p in (self.dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+
+    def _open_checkpoint(self):
+        """The newest whole checkpoint: (folder, state, manifest)."""
+        if not self._checkpoints():
+            raise UserError(f"--resume {self.dir}: it has no checkpoint yet; start it again")
+        for folder in reversed(self._checkpoints()):
+            try:
+                manifest = json.loads((folder / "manifest.json").read_text())
+                for name, digest in manifest["files"].items():
+                    if _digest(folder / name) != digest:
+                        raise ValueError(f"{name} is not what was written")
+                saved = torch.load(folder / "state.pt", weights_only=False, map_location="cpu")
+                return folder, saved["state"], manifest, saved
+            except Exception as error:
+                if self.main:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    print(f"checkpoint {folder} is damaged ({reason}); using the one before it", flush=True)
+        raise UserError(f"--resume {self.dir}: no whole checkpoint is left")
+
+    def restore(self, policy, optimizer):
+        """Loads weights, optimizer and state of the checkpoint found at the start, if the run is a resumed one."""
+        if not self.found:
+            return
+        from safetensors.torch import load_file
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        folder, self.state, manifest, saved = self.found
+        if manifest["model"] != model_key(policy.lm.config):
+            raise UserError(f"--resume {self.dir}: the checkpoint is of another model ({manifest['model']})")
+        weights = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(file)
+        load_weights(policy.lm, saved["adapter"] or weights)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=options)
+        self.found = self.found[:3]
+        if self.main:
+            print(f"resumed from {folder}", flush=True)
+
+    def _rewind(self, step):
+        """Drops what was logged after the checkpoint: those steps are run again."""
+        for name in ("metrics.jsonl", "samples.jsonl", "evals.jsonl"):
+            path = self.dir / name
+            if path.exists():
+                kept = []
+                for line in path.read_text(encoding="utf-8").splitlines():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError:  # cut short by the kill
+                        continue
+                    if row["step"] <= step:
+                        kept.append(line + "\n")
+                scratch = path.with_suffix(".tmp")
+                scratch.write_text("".join(kept), encoding="utf-8")
+                os.replace(scratch, path)
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_key(config):
+    """What two models must share for a checkpoint of one to fit the other."""
+    return f"{config.model_type} {config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}"
+
+
+def write_weights(lm, weights, folder):
+    """config.json and model.safetensors; a tied head is stored once."""
+    from safetensors.torch import save_file
+
+    if lm.config.tie_word_embeddings:
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+    lm.config.save_pretrained(folder)
+    lm.generation_config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
+
+
+@torch.no_grad()
+def load_weights(lm, weights):
+    """Copies whole tensors into a (possibly sharded) model by name."""
+    from torch.distributed.tensor import distribute_tensor
+
+    own = dict(lm.named_parameters())
+    for name, value in weights.items():
+        target = own[name]
+        if hasattr(target, "device_mesh"):
+            value = distribute_tensor(value.to(gpu.device()), target.device_mesh, target.placements)
+        target.copy_(value)
