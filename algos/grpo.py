@@ -99,7 +99,7 @@ def advantages(rewards, args):
 
 
 def surrogate(logp, old_logp, adv, mask, args):
-    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token). Eq. 3."""
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.eps, 1 + args.eps)
@@ -202,6 +202,7 @@ def train(args):
         accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
         run.save(policy, optimizer)
         run.finish(accuracy, len(held_out))
+    engine.close()
     scorer.close()
     gpu.finish()
 

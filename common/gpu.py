@@ -44,7 +44,9 @@ def init(args):
 
 
 def finish():
-    if dist.is_initialized():
+    """Leaves the process group that init() joined; one that vLLM made for itself is vLLM's to end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -82,6 +84,14 @@ def gather(tensor):
     return torch.cat(parts)
 
 
+def gather_objects(value):
+    """Any picklable value on every rank -> the list of them in rank order."""
+    out = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(out, value)
+    return out
+
+
 def local(tensor):
     """The rows of a global tensor (or list) [world * b, ...] that are this rank's: [b, ...]."""
     b = len(tensor) // world()
@@ -107,6 +117,7 @@ def shard(policy):
     for module in policy.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sums
     return policy
 
 

@@ -47,7 +47,7 @@ ALIASES = _aliases()
 # number of parameters (in billions, up to and including). Rates: 1e-6 is the field's value for full fine-tuning of
 # 1.5B to 32B (DAPO, GSPO, Dr. GRPO scripts).
 TINY = dict(
-    task="addition", steps=60, prompts_per_step=32, group_size=8, minibatches=4, lr=3e-4, max_new_tokens=28,
+    task="addition", steps=40, prompts_per_step=32, group_size=8, minibatches=8, lr=1e-4, max_new_tokens=28,
     eval_every=0, checkpoint_every=20, dtype="float32", optimizer="adamw", gradient_checkpointing=False,
     micro_batch_tokens=16384,
 )  # fmt: skip
@@ -152,7 +152,7 @@ def tiny_config(vocab_size=None):
 
     return Qwen2Config(
         vocab_size=vocab_size or 3 + len(CHARACTERS), hidden_size=96, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        num_attention_heads=3, num_key_value_heads=3, max_position_embeddings=1024, tie_word_embeddings=True,
         pad_token_id=0, eos_token_id=1, bos_token_id=None, use_cache=True,
     )  # fmt: skip
 
@@ -247,8 +247,8 @@ class Policy(nn.Module):
 def head_logp(hidden, weight, targets, temperature=1.0, chunk=1024):
     """hidden [N, H], head weight [V, H], targets [N] -> logp [N] of the targets and entropy [N] (nats, detached),
     float32, of softmax(hidden weight' / temperature). Extra memory: one [chunk, V] of float32."""
-    if not len(hidden):
-        return hidden.float().sum(-1), hidden.detach().float().sum(-1)
+    if not len(hidden):  # the weight must get a gradient all the same, or sharded ranks would wait for each other
+        return hidden.float().sum(-1) + 0 * weight.sum(), hidden.detach().float().sum(-1)
     parts = [
         checkpoint(_chunk_logp, h, weight, t, temperature, use_reentrant=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk))
@@ -257,7 +257,7 @@ def head_logp(hidden, weight, targets, temperature=1.0, chunk=1024):
 
 
 def _chunk_logp(hidden, weight, targets, temperature):
-    logits = (hidden @ weight.T).float() / temperature
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
     normalizer = logits.logsumexp(-1)
     logp = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
     with torch.no_grad():  # H = log Z - E[logit]

@@ -26,7 +26,7 @@ START_S = 60.0  # seconds in which a worker must have imported its check
 MEMORY = 2 << 30  # bytes of address space that a check may take on top of what the imports took (Linux)
 
 BRACES = re.compile(r"\\(?:fbox|boxed)\s*\{|\\\\(?!fbox|boxed)|\\[{}]|[{}]")
-PHRASE = re.compile(r"(?i)answer\s*(?:is|:|=)[\s:]*([^\n]{1,400}?)(?=[.!?]*\s*(?:\n|$)|[.!?]\s)")
+PHRASE = re.compile(r"(?i)answer\s*(?:is|:|=)[\s:]*((?:(?!answer)[^\n]){1,400}?)(?=[.!?]*\s*(?:\n|$)|[.!?]\s)")
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 LAST = re.compile(rf"(?<![\w.)])-?\$?(?:{DIGITS})(?:/\d+)?(?:\s?\\?%)?")
 NUMBER = re.compile(rf"(?ai)([+-]?) ?(?:(?:(\d+) )?(\d+)/(0*[1-9]\d*)|((?:{DIGITS})(?:e[+-]?\d\d?)?))")
@@ -72,10 +72,10 @@ def has_format(text):
 def _normal(text):
     """One spelling of what reads the same. Spaces after commas stay: '1, 234' is two numbers, '1,234' is one."""
     text = WRAPPED.sub(lambda m: f" {m[1] or m[2] or ''} ", text.replace("\u2212", "-").replace("{,}", ","))
-    text = re.sub(r"\\?[$€£]|\\[!,;()\[\]]|\\left\b|\\right\b", "", text.replace("\\ ", " "))
+    text = re.sub(r"\\?[$€£]|(?<!\\)\\[!,;()\[\]]|\\left\b|\\right\b", "", re.sub(r"(?<!\\)\\ |~", " ", text))
     text = re.sub(r"\s*\\?%|\s*\bpercent\b", "%", re.sub(r"\\[dt]frac", r"\\frac", text))
     text = re.sub(r"\^\s*\{?\\circ\}?", "°", re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text))
-    return re.sub(r"\s*([^\w\s,\\])\s*", r"\1", re.sub(r"\s+", " ", text)).strip().rstrip(".,;: ")
+    return re.sub(r"\s*([^\w\s,\\})])\s*", r"\1", re.sub(r"\s+", " ", text)).strip("* ").rstrip(".,;: ")
 
 
 def _number(text):
@@ -152,7 +152,7 @@ def _guarded(check, text, answer):
     try:
         extracted, score = check(text, answer)
         return extracted if extracted is None else str(extracted), float(score) if 0 <= score <= 1 else 0.0
-    except Exception:  # noqa: BLE001
+    except Exception:
         return None, 0.0
 
 
@@ -257,16 +257,16 @@ class Scorer:
 def main(arguments):
     if len(arguments) != 1:
         raise UserError("usage: python -m common.rewards path/to/gsm8k/train.jsonl")
-    path, started, golds, values, number = arguments[0], time.monotonic(), [], [], 0
+    path, started, golds, values = arguments[0], time.monotonic(), [], []
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
                 golds.append(json.loads(line)["answer"])
                 values.append(Decimal(golds[-1].rpartition("####")[2].strip().replace(",", "")))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, InvalidOperation) as error:
-        raise UserError(f"{path}:{number}: needs an 'answer' that ends in '#### number' ({error!r})") from None
+        raise UserError(f"{path}:{len(values) + 1}: needs an 'answer' that ends in '#### number' ({error!r})") from None
     if not golds:
         raise UserError(f"{path} is empty")
     others = [i for i in range(len(golds) - 1) if values[i] != values[i + 1]]
@@ -282,4 +282,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    from common.rewards import main  # its `maths` is one that a worker can import, and not one of __main__
+
     sys.exit(main(sys.argv[1:]))

@@ -31,22 +31,49 @@ class Rollout:
     answers: list | None = None  # B extracted answers
 
     def take(self, rows):
-        """Rows [b] as a batch of their own, cut to their longest prompt and completion."""
-        out = {}
+        """Rows [b] as a batch of their own, cut to their longest prompt and completion. Per-group fields stay behind."""
         T = self.mask.shape[1]
         left = self.attention_mask.shape[1] - T - int(self.attention_mask[rows, :-T].sum(1).max())
         t = max(1, int(self.mask[rows].sum(1).max()))
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not isinstance(value, torch.Tensor) or f.name in ("accuracy", "reward"):
-                continue
+        out = {"accuracy": None, "reward": None}
+        for name, value in self._tensors():
             value = value[rows]
-            if f.name in ("ids", "attention_mask"):
+            if name in ("ids", "attention_mask"):
                 value = value[:, left : value.shape[1] - (T - t)]
             elif value.dim() == 2:
                 value = value[:, :t]
-            out[f.name] = value
-        return Rollout(accuracy=self.accuracy, reward=self.reward, **out)
+            out[name] = value
+        return Rollout(**out)
+
+    def _tensors(self):
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), torch.Tensor) and f.name not in ("accuracy", "reward"):
+                yield f.name, getattr(self, f.name)
+
+    def groups(self, keep):
+        """The groups with numbers keep [p], texts and rewards included."""
+        G = self.reward.shape[1]
+        rows = (keep[:, None] * G + torch.arange(G, device=keep.device)).flatten()
+        out = self.take(rows)
+        out.accuracy, out.reward = self.accuracy[keep], self.reward[keep]
+        out.texts, out.answers = ([values[i] for i in rows.tolist()] for values in (self.texts, self.answers))
+        return out
+
+    @staticmethod
+    def join(batches):
+        """Several batches with the same fields as one, padded to the longest prompt and completion."""
+        T = max(b.mask.shape[1] for b in batches)
+        S0 = max(b.ids.shape[1] - b.mask.shape[1] for b in batches)
+        out = {name: [] for name, _ in batches[0]._tensors()}
+        for b in batches:
+            right, left = T - b.mask.shape[1], S0 - (b.ids.shape[1] - b.mask.shape[1])
+            for name, value in b._tensors():
+                pad = () if value.dim() == 1 else (left if name in ("ids", "attention_mask") else 0, right)
+                out[name].append(torch.nn.functional.pad(value, pad) if pad else value)
+        joined = Rollout(accuracy=None, reward=None, **{name: torch.cat(values) for name, values in out.items()})
+        joined.accuracy, joined.reward = (torch.cat([getattr(b, k) for b in batches]) for k in ("accuracy", "reward"))
+        joined.texts, joined.answers = ([x for b in batches for x in getattr(b, k)] for k in ("texts", "answers"))
+        return joined
 
     def micro_batches(self, rows, budget):
         """Cuts rows [b] into micro-batches of at most `budget` padded tokens, sorted by length, so that ragged batches
@@ -252,8 +279,7 @@ class HF:
     def sleep(self):
         pass
 
-    def wake(self):
-        pass
+    wake = close = sleep
 
     @torch.no_grad()
     def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
@@ -324,6 +350,9 @@ class VLLM:
     def wake(self):
         if self.device.type == "cuda":
             self.llm.wake_up()
+
+    def close(self):
+        self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
         """As HF.generate. top-p and top-k stay off: a cut distribution is not the one that the trainer's log-probs are of."""

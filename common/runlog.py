@@ -96,7 +96,9 @@ class Run:
 
         self.args, self.tokenizer, self.main, self.stop = args, tokenizer, gpu.rank() == 0, None
         self.name = Path(script).stem
-        self.state = dict(step=0, cursor=0, version=0, skipped=0, accuracy_before=None)
+        self.state = dict(step=0, cursor=0, skipped=0, accuracy_before=None)
+        self.queue = []  # Rollouts of this rank that wait to be trained on, for scripts that keep some
+        self.extra = {}  # name -> (module, optimizer) that a script trains besides the policy
         self.bad_in_a_row, self.clock, self.times = 0, time.perf_counter(), {}
         if args.resume:
             self.dir = Path(args.resume)
@@ -253,8 +255,10 @@ class Run:
         for name, weight in gpu.full_weights(policy):  # all ranks take part, one keeps
             if self.main:
                 weights[name] = weight.cpu().contiguous()
-        adapter = {k: gpu._full(v.detach()).cpu() for k, v in policy.lm.named_parameters() if ".lora_" in k}
-        optimizer_state = get_optimizer_state_dict(policy, optimizer, options=options)
+        saved = dict(state=self.state, queue=gpu.gather_objects(self.queue), adapter=whole(policy.lm, ".lora_"))
+        saved["optimizer"] = get_optimizer_state_dict(policy, optimizer, options=options)
+        for name, (module, own) in self.extra.items():
+            saved[name] = whole(module), get_optimizer_state_dict(module, own, options=options)
         if not self.main or folder.exists():
             return
         scratch = folder.with_suffix(".tmp")
@@ -263,7 +267,7 @@ class Run:
             scratch.mkdir(parents=True)
             write_weights(policy.lm, weights, scratch)
             self.tokenizer.save_pretrained(scratch)
-            torch.save(dict(state=self.state, optimizer=optimizer_state, adapter=adapter), scratch / "state.pt")
+            torch.save(saved, scratch / "state.pt")
             sums = {p.name: _digest(p) for p in sorted(scratch.iterdir())}
             (scratch / "manifest.json").write_text(json.dumps(dict(model=model_key(policy.lm.config), files=sums)))
             for path in [*scratch.iterdir(), scratch]:
@@ -312,6 +316,16 @@ class Run:
         load_weights(policy.lm, saved["adapter"] or weights)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=options)
+        for name, (module, own) in self.extra.items():
+            load_weights(module, saved[name][0])
+            set_optimizer_state_dict(module, own, saved[name][1], options=options)
+        if len(saved["queue"]) == gpu.world():
+            self.queue = saved["queue"][gpu.rank()]
+        elif saved["queue"][0]:  # another number of processes: the waiting rollouts are shared out anew
+            from common.rollout import Rollout
+
+            joined = [Rollout.join(parts) for parts in zip(*saved["queue"])]
+            self.queue = [b.groups(gpu.local(torch.arange(len(b.reward)))) for b in joined]
         self.found = self.found[:3]
         if self.main:
             print(f"resumed from {folder}", flush=True)
@@ -332,6 +346,11 @@ class Run:
                 scratch = path.with_suffix(".tmp")
                 scratch.write_text("".join(kept), encoding="utf-8")
                 os.replace(scratch, path)
+
+
+def whole(module, containing=""):
+    """{name: whole tensor on the CPU} of a (possibly sharded) module's parameters. A collective."""
+    return {k: gpu._full(v.detach()).cpu() for k, v in module.named_parameters() if containing in k}
 
 
 def _digest(path):
