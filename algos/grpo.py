@@ -175,7 +175,7 @@ def train(args):
                     objective = objective - args.beta * kl_penalty(logp, mb.ref_logp, mb.mask)
                 if engine.name == "vllm" and args.tis_cap > 0:
                     objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights).sum()
+                micro_loss = -(objective * mb.weights)[mb.mask].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
                 meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)

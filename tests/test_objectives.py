@@ -1,0 +1,192 @@
+"""What must hold for the objective of every online script, parametrised over algos/."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+
+from tests import sync
+
+SCRIPTS = [n for n in sync.scripts() if "def surrogate(" in (sync.ALGOS / f"{n}.py").read_text()]
+SEQUENCE_LEVEL = {"gspo", "gmpo", "rloo"}  # one value per completion
+USES_OWN_BASELINE = {"ppo"}  # advantages come from a critic, or
+TOKEN_STATISTICS = {"reinforce"}  # are whitened over the tokens of the batch
+
+
+def load(name):
+    return importlib.import_module(f"algos.{name}")
+
+
+def arguments(script, **changes):
+    values = dict(group_size=4, max_new_tokens=8, steps=1) | changes
+    return script.Args(**values)
+
+
+def batch(B=6, T=5, seed=0, spread=0.3):
+    """Random log-probs near each other, ragged lengths T, T-1, ..., advantages of both signs."""
+    g = torch.Generator().manual_seed(seed)
+    old_logp = -torch.rand(B, T, generator=g) * 2 - 0.05
+    logp = (old_logp + spread * torch.randn(B, T, generator=g)).clamp(max=-1e-3)
+    mask = torch.arange(T) < torch.tensor([max(1, T - i % T) for i in range(B)])[:, None]
+    adv = torch.randn(B, 1, generator=g).expand(B, T)
+    return dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=torch.rand(B, T, generator=g) * 2)
+
+
+def loss_and_gradient(script, b, args=None):
+    """Gradient with respect to logp of the loss that the loop would form of the whole batch."""
+    args = args or arguments(script)
+    logp = b["logp"].clone().requires_grad_()
+    values = b | {"logp": logp, "args": args}
+    objective, stats = script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+    assert objective.shape == logp.shape and all(s.shape == logp.shape for s in stats.values())
+    loss = -(objective * script.token_weights(b["mask"], args))[b["mask"]].sum()
+    loss.backward()
+    return loss.detach(), logp.grad
+
+
+each = pytest.mark.parametrize("script", [load(n) for n in SCRIPTS], ids=SCRIPTS)
+
+
+@each
+def test_garbage_in_masked_positions_changes_nothing(script):
+    b = batch()
+    loss, grad = loss_and_gradient(script, b)
+    for garbage in (1e4, -1e4, float("inf"), float("nan")):
+        other = dict(b)
+        for k in ("logp", "old_logp", "entropy"):
+            other[k] = torch.where(b["mask"], b[k], torch.tensor(garbage))
+        loss2, grad2 = loss_and_gradient(script, other)
+        assert torch.equal(loss, loss2), garbage
+        assert torch.equal(grad, grad2) and not grad2[~b["mask"]].any(), garbage
+
+
+@each
+def test_padding_and_order_of_rows_change_nothing(script):
+    b = batch()
+    loss, grad = loss_and_gradient(script, b)
+    wide = {k: torch.nn.functional.pad(v, (0, 3)) for k, v in b.items()}
+    loss2, grad2 = loss_and_gradient(script, wide)
+    torch.testing.assert_close(loss2, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad2[:, :5], grad, rtol=1e-6, atol=1e-7)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    loss3, grad3 = loss_and_gradient(script, {k: v[order] for k, v in b.items()})
+    torch.testing.assert_close(loss3, loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grad3, grad[order], rtol=1e-6, atol=1e-7)
+
+
+@each
+def test_micro_batches_add_up(script):
+    """The weights of the whole minibatch, the surrogate of the parts: the gradient of the whole."""
+    b, args = batch(), arguments(script)
+    loss, grad = loss_and_gradient(script, b, args)
+    weights = script.token_weights(b["mask"], args)
+    total, parts = 0.0, torch.zeros_like(grad)
+    for rows in ([0, 3], [1], [5, 2, 4]):
+        t = int(b["mask"][rows].sum(1).max())
+        part = {k: v[rows][:, :t] for k, v in b.items()}
+        logp = part["logp"].clone().requires_grad_()
+        values = part | {"logp": logp, "args": args}
+        objective, _ = script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+        micro = -(objective * weights[rows][:, :t]).sum()
+        micro.backward()
+        total, parts[rows, :t] = total + micro.detach(), logp.grad
+    torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(parts, grad, rtol=1e-5, atol=1e-7)
+
+
+@each
+def test_an_empty_completion_counts_for_nothing(script):
+    b = batch(B=4)
+    loss, grad = loss_and_gradient(script, b)
+    empty = {k: torch.cat([v, torch.full_like(v[:1], False if k == "mask" else 0.7)]) for k, v in b.items()}
+    loss2, grad2 = loss_and_gradient(script, empty)
+    assert torch.isfinite(loss2) and torch.isfinite(grad2).all()
+    torch.testing.assert_close(grad2[:4], grad, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(loss2, loss, rtol=1e-6, atol=1e-8)
+    assert not grad2[4].any()
+
+
+@each
+def test_a_batch_of_empty_completions_is_zero(script):
+    b = batch(B=3)
+    b["mask"] = torch.zeros_like(b["mask"])
+    loss, grad = loss_and_gradient(script, b)
+    assert loss == 0 and not grad.any()
+
+
+@each
+def test_zero_advantage_gives_zero_gradient(script):
+    b = batch()
+    b["adv"] = torch.zeros_like(b["adv"])
+    loss, grad = loss_and_gradient(script, b)
+    assert torch.isfinite(loss) and not grad.any()
+
+
+@each
+def test_on_policy_the_gradient_is_the_policy_gradient(script):
+    """At ratio 1 every method pushes each token by its weight times its advantage; those of one value per completion
+    push all its tokens alike, RLOO by the sum instead of the mean."""
+    b = batch()
+    b["logp"] = b["old_logp"].clone()
+    _, grad = loss_and_gradient(script, b)
+    weights = script.token_weights(b["mask"], arguments(script))
+    if script.__name__.endswith(".rloo"):
+        weights = b["mask"] / (b["mask"].sum(1) > 0).sum()
+    torch.testing.assert_close(grad, -weights * b["adv"] * b["mask"], rtol=1e-5, atol=1e-7)
+
+
+@each
+def test_one_valid_token(script):
+    b = batch(B=2, T=4)
+    b["mask"] = torch.tensor([[True, False, False, False]] * 2)
+    loss, grad = loss_and_gradient(script, b)
+    assert torch.isfinite(loss) and torch.isfinite(grad).all() and grad[:, 0].any() and not grad[:, 1:].any()
+
+
+@each
+def test_far_off_policy_stays_finite(script):
+    b = batch()
+    for shift in (60.0, -60.0):
+        b["logp"] = b["old_logp"] + shift
+        loss, grad = loss_and_gradient(script, b)
+        assert torch.isfinite(loss) and torch.isfinite(grad).all()
+
+
+@each
+def test_equal_rewards_give_zero_advantage(script):
+    if script.__name__.split(".")[1] in USES_OWN_BASELINE | TOKEN_STATISTICS:
+        pytest.skip("its advantages do not come from the group alone; tested in its own file")
+    for value in (0.0, 1.0, 0.1 + 0.2):
+        adv = advantages(script, torch.full((3, 4), value))
+        assert torch.equal(adv, torch.zeros(3, 4))
+    nearly = torch.full((2, 4), 0.3)
+    nearly[:, 1] = 0.1 + 0.2  # differs in the last bit only
+    assert advantages(script, nearly).abs().max() < 1e-5
+
+
+def advantages(script, rewards):
+    names = inspect.signature(script.advantages).parameters
+    values = dict(rewards=rewards, args=arguments(script), prompt_id=torch.arange(len(rewards)), stats={})
+    return script.advantages(**{k: values[k] for k in names})
+
+
+@each
+def test_advantages_do_not_mix_prompts(script):
+    if script.__name__.split(".")[1] in USES_OWN_BASELINE | TOKEN_STATISTICS:
+        pytest.skip("its advantages do not come from the group alone; tested in its own file")
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
+    together = advantages(script, rewards)
+    alone = torch.cat([advantages(script, row[None]) for row in rewards])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(together.mean(1), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+@each
+def test_the_loop_hands_over_everything_in_fields_of_args(script):
+    """Every own field is read by the script's code."""
+    source = inspect.getsource(script)
+    for field in script.Args.__dataclass_fields__:
+        if field in inspect.getsource(load("grpo").Args) and field != "eps":
+            continue
+        assert f"args.{field}" in source, f"--{field} is read nowhere"
