@@ -110,7 +110,7 @@ def shard(policy):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device().type, (world(),))
-    precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(next(policy.parameters()).dtype, torch.float32))
     for layer in policy.lm.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
@@ -158,6 +158,8 @@ def make_optimizer(policy, args):
         return torch.optim.AdamW(weights, **settings)
     if args.optimizer not in ("adamw_sr", "adamw_8bit"):
         raise UserError(f"--optimizer must be adamw, adamw_sr or adamw_8bit, is {args.optimizer!r}")
+    if args.optimizer == "adamw_8bit" and world() > 1:
+        raise UserError("--optimizer adamw_8bit runs in one process only (torchao 0.18 cannot shard its states): use adamw_sr")
     from torchao import optim
 
     rounding = dict(bf16_stochastic_round=args.dtype == "bfloat16")
@@ -195,7 +197,7 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
     34 hidden widths of 16-bit numbers without checkpointing (Korthikanti et al. 2022, eq. 2, without the attention
     matrix), the layer's input plus one open layer with it."""
     ranks, tokens = ranks or world(), args.micro_batch_tokens
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}[args.dtype]
+    size = {"float64": 8, "float32": 4, "bfloat16": 2}[args.dtype]
     H, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     head = getattr(config, "head_dim", None) or H // config.num_attention_heads
     trained = 2 * args.lora_rank * 7 * 2 * H * L if args.lora_rank else n_parameters

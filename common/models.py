@@ -53,7 +53,7 @@ TINY = dict(
 )  # fmt: skip
 REAL = dict(
     task="gsm8k", steps=200, prompts_per_step=128, group_size=8, minibatches=4, lr=1e-6, max_new_tokens=1024,
-    eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw", gradient_checkpointing=True,
+    eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
     micro_batch_tokens=32768,
 )  # fmt: skip
 PRESETS = {
@@ -107,6 +107,8 @@ def resolve(args):
     config = tiny_config() if name == "tiny" else _fetch(AutoConfig, name)
     billions = count_parameters(config) / 1e9
     preset = TINY if name == "tiny" else next(p for limit, p in PRESETS.items() if billions <= limit)
+    if preset["optimizer"] == "adamw_8bit" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        preset = preset | dict(optimizer="adamw_sr")  # sharded states need no 8 bits, and torchao's cannot be sharded
     for f in fields(args):
         if getattr(args, f.name) is None and f.name in preset:
             setattr(args, f.name, preset[f.name])
@@ -114,6 +116,13 @@ def resolve(args):
                          ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
         if getattr(args, field, least) < least:
             raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
+    if args.dtype not in ("float32", "bfloat16", "float64"):
+        raise UserError(f"--dtype must be float32, bfloat16 or float64, is {args.dtype!r}")
+    if args.dtype == "bfloat16" and args.optimizer == "adamw":
+        raise UserError(
+            "--optimizer adamw would round nearly every update of bfloat16 weights away (a step of 1e-6 is far below "
+            "a weight's last bit); use adamw_sr (stochastic rounding), adamw_8bit, or --dtype float32"
+        )
     if not args.temperature > 0:
         raise UserError(f"--temperature must be above 0, is {args.temperature}: a greedy policy has nothing to learn from")
     return args, config
@@ -223,8 +232,8 @@ def _supervise(task, tokenizer):
 class Policy(nn.Module):
     """A causal language model that returns log-probs of given tokens instead of logits.
 
-    forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T], entropy [b, T], both float32,
-    0 where mask is False. The completion is the last T of the S positions. The head runs on the masked positions only,
+    forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T], entropy [b, T], both float32
+    (float64 for a float64 model), 0 where mask is False. The completion is the last T of the S positions. The head runs on the masked positions only,
     `chunk` of them at a time, recomputed in the backward pass, so [b, T, V] never exists."""
 
     def __init__(self, lm, chunk=1024):
@@ -240,7 +249,7 @@ class Policy(nn.Module):
         logp, entropy = head_logp(
             hidden[:, -T - 1 : -1][mask], self.lm.lm_head.weight, ids[:, -T:][mask], temperature, self.chunk
         )
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=ids.device)
+        zeros = torch.zeros(mask.shape, dtype=logp.dtype, device=ids.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
 
@@ -248,7 +257,8 @@ def head_logp(hidden, weight, targets, temperature=1.0, chunk=1024):
     """hidden [N, H], head weight [V, H], targets [N] -> logp [N] of the targets and entropy [N] (nats, detached),
     float32, of softmax(hidden weight' / temperature). Extra memory: one [chunk, V] of float32."""
     if not len(hidden):  # the weight must get a gradient all the same, or sharded ranks would wait for each other
-        return hidden.float().sum(-1) + 0 * weight.sum(), hidden.detach().float().sum(-1)
+        empty = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
+        return empty + 0 * weight.sum(), empty.detach()
     parts = [
         checkpoint(_chunk_logp, h, weight, t, temperature, use_reentrant=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk))
@@ -279,6 +289,14 @@ def load_tokenizer(args):
 
 def _folder(args):
     return warm_start(args.task) if args.model == "tiny" else locate(args.model)
+
+
+def end_tokens(lm, tokenizer):
+    """Token ids that end a completion: the tokenizer's end of sequence, and those of the model's generation settings
+    (a chat model ends its turn by another one than its text)."""
+    also = lm.generation_config.eos_token_id if lm.generation_config else None
+    also = also if isinstance(also, list) else [] if also is None else [also]
+    return sorted({tokenizer.eos_token_id, *also})
 
 
 def load(args, device, trainable=True):

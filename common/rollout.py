@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from common import UserError, gpu
+from common import UserError, gpu, models
 
 
 @dataclass
@@ -100,7 +100,8 @@ class Rollout:
 @torch.no_grad()
 def logp_of(policy, batch, args):
     """Per-token log-probs [B, T] of a whole rollout under `policy`, by micro-batches, temperature included."""
-    out = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.ids.device)
+    wide = torch.promote_types(next(policy.parameters()).dtype, torch.float32)
+    out = torch.zeros(batch.mask.shape, dtype=wide, device=batch.ids.device)
     rows = torch.arange(len(batch.ids), device=batch.ids.device)
     batch.weights = rows[:, None].expand(batch.mask.shape).contiguous()  # carries the row number through the cut
     for mb in batch.micro_batches(rows, args.micro_batch_tokens):
@@ -193,7 +194,15 @@ def diagnostics(logp, mb, entropy):
 
 
 def summary(batch):
-    """Means over the completions of all ranks."""
+    """Means over the completions of all ranks. Raises UserError where the sampler's log-probs are not those of the policy
+    that it should have had: weights that did not reach the engine, or another temperature."""
+    gap = ((batch.old_logp - batch.sampler_logp).abs() * batch.mask).double().sum().item()
+    gap = gpu.total(gap) / max(1, gpu.total(int(batch.mask.sum())))
+    if not gap < 0.5:
+        raise UserError(
+            f"the sampler's log-probs are {gap:.2f} nat per token away from the policy's: its weights are not in step "
+            "(--engine hf rules the engine out)"
+        )
     lengths, spread = batch.mask.sum(1).float(), batch.accuracy.max(1).values - batch.accuracy.min(1).values
     values = dict(
         reward=batch.reward, accuracy=batch.accuracy, length=lengths, truncated=batch.truncated.float(),
@@ -259,7 +268,7 @@ class HF:
         import copy
 
         self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
-        self.device = gpu.device()
+        self.device, self.end = gpu.device(), models.end_tokens(policy.lm, tokenizer)
         self.lm = policy.lm
         if gpu.world() > 1:
             from transformers import AutoModelForCausalLM
@@ -267,7 +276,6 @@ class HF:
             dtype = next(policy.parameters()).dtype
             self.lm = AutoModelForCausalLM.from_config(copy.deepcopy(policy.lm.config), dtype=dtype).to(self.device)
             self.sync()
-        self.lm.generation_config = type(self.lm.generation_config)()  # no top-p, top-k or penalties of the model's own
 
     def sync(self):
         if self.lm is not self.policy.lm:
@@ -286,9 +294,10 @@ class HF:
         """-> for every prefix its n completions, each (token ids with the EOS, their log-probs, ended by EOS)."""
         from transformers import LogitsProcessorList
 
-        eos, out, per_call = self.tokenizer.eos_token_id, [], max(1, self.rows // n)
-        training = self.lm.training
+        out, per_call = [], max(1, self.rows // n)
+        training, own = self.lm.training, self.lm.generation_config
         self.lm.eval()
+        self.lm.generation_config = type(own)()  # no top-p, top-k or penalties of the model's own
         for first in range(0, len(prefixes), per_call):
             some = [p for p in prefixes[first : first + per_call] for _ in range(n)]
             width = max(map(len, some))
@@ -300,13 +309,14 @@ class HF:
             with gpu.no_checkpointing(self.lm):
                 done = self.lm.generate(
                     input_ids=ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
-                    eos_token_id=eos, pad_token_id=pad, logits_processor=LogitsProcessorList([sampler]),
+                    eos_token_id=self.end, pad_token_id=pad, logits_processor=LogitsProcessorList([sampler]),
                 )  # fmt: skip
             tokens, logp = done[:, width:].tolist(), torch.stack(sampler.logp, 1).tolist()
             for row, row_logp in zip(tokens, logp):
-                end = row.index(eos) + 1 if eos in row else len(row)
-                out.append((row[:end], row_logp[:end], eos in row))
+                end = next((i + 1 for i, token in enumerate(row) if token in self.end), None)
+                out.append((row[:end], row_logp[:end], end is not None))
         self.lm.train(training)
+        self.lm.generation_config = own
         return out
 
 
@@ -324,8 +334,8 @@ class VLLM:
 
         if not vllm.__version__.startswith("0.32."):
             print(f"note: vLLM {vllm.__version__} is not the tested 0.32; if it misbehaves: --engine hf", flush=True)
-        self.policy, self.tokenizer, self.device = policy, tokenizer, gpu.device()
-        cuda = self.device.type == "cuda"
+        self.policy, self.device, self.end = policy, gpu.device(), models.end_tokens(policy.lm, tokenizer)
+        cuda, self.asleep = self.device.type == "cuda", set()
         with tempfile.TemporaryDirectory() as folder:  # shapes only: the weights come by sync()
             policy.lm.config.save_pretrained(folder)
             self.llm = vllm.LLM(
@@ -338,18 +348,25 @@ class VLLM:
         self.sync()
 
     def sync(self):
-        """The policy's weights into the engine; then one tensor is read back and compared."""
+        """The policy's weights into the engine, which may be asleep. That they arrived shows in sampler_gap: summary()."""
+        self._wake("weights")
         weights = ((name, weight.to(self.device)) for name, weight in gpu.full_weights(self.policy))
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         self.llm.reset_prefix_cache()
 
     def sleep(self):
-        if self.device.type == "cuda":
+        """Gives the GPU's memory to the trainer; the weights wait in the CPU's."""
+        if self.device.type == "cuda" and not self.asleep:
             self.llm.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
 
     def wake(self):
-        if self.device.type == "cuda":
-            self.llm.wake_up()
+        self._wake("weights", "kv_cache")
+
+    def _wake(self, *parts):
+        if parts := [p for p in parts if p in self.asleep]:
+            self.llm.wake_up(tags=parts)
+            self.asleep -= set(parts)
 
     def close(self):
         self.llm.llm_engine.engine_core.shutdown()
@@ -361,7 +378,7 @@ class VLLM:
         params = [
             SamplingParams(
                 n=n, temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=s % 2**31,
-                stop_token_ids=[self.tokenizer.eos_token_id], detokenize=False,
+                stop_token_ids=self.end, detokenize=False,
             ) for s in seeds
         ]  # fmt: skip
         done = self.llm.generate([{"prompt_token_ids": p} for p in prefixes], params, use_tqdm=False)
@@ -370,5 +387,5 @@ class VLLM:
             for c in request.outputs:
                 tokens = list(c.token_ids)
                 logp = [d[t].logprob for t, d in zip(tokens, c.logprobs)]
-                out.append((tokens, logp, bool(tokens) and tokens[-1] == self.tokenizer.eos_token_id))
+                out.append((tokens, logp, bool(tokens) and tokens[-1] in self.end))
         return out

@@ -1,0 +1,251 @@
+"""DAPO: Decoupled Clip and Dynamic sAmpling Policy Optimization. Yu et al., ByteDance Seed, arXiv 2503.14476 (2025).
+
+Idea: four repairs of GRPO for long chains of thought. The clip interval is wider above than below, so that unlikely tokens
+can grow and entropy does not collapse, and every token of the batch weighs the same, so that long completions are not
+diluted. Groups that are all right or all wrong have no advantage and are replaced by freshly sampled ones, and a
+completion that comes close to the length limit loses reward gradually before it is cut.
+
+Objective, to be maximised (Eq. 10 and 12), subject to 0 < number of right completions < G in every group (Eq. 11):
+    J = 1/sum_i |y_i| sum_i sum_t min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+    A = (R - mean R) / std R over the group,   R = right or wrong + penalty(|y|)
+    penalty(|y|) = clip((L_max - L_c - |y|) / L_c, -1, 0)   (Eq. 13; L_c = overlong_share L_max)
+The paper averages over the tokens of a group; this is the authors' code: over those of the minibatch. Its reward is +1 or -1,
+here 1 or 0 with half the penalty, which are the same advantages.
+
+Differs from grpo.py in: overlong_penalty, informative, surrogate, token_weights, train
+Costs: up to max_gen_batches times the sampling per update; what is sampled beyond the P groups is thrown away. Each of W
+       processes keeps P / W groups of its own; if one has fewer when the cap is reached, all go on with as many as it has.
+Run:   python algos/dapo.py                                     tiny model, CPU, about two minutes
+       python algos/dapo.py --model qwen2.5-1.5b                GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/dapo.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    seed: int = 1
+    """of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """P, over all processes"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    lr: float | None = None
+    """AdamW's rate, constant"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: str = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    dtype: str | None = None
+    """float32 or bfloat16"""
+    optimizer: str | None = None
+    """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """padded tokens in one forward pass of the trainer"""
+
+    # DAPO
+    eps_low: float = 0.2
+    """the clip interval's reach below 1 (Section 4.1)"""
+    eps_high: float = 0.28
+    """its reach above 1 (Section 4.1)"""
+    overlong_share: float = 0.25
+    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (the paper: 4,096 of 20,480)"""
+    overlong_weight: float = 0.5
+    """the length penalty at L_max, for rewards of 0 and 1 (the paper: 1, for rewards of -1 and 1); 0: no penalty"""
+    max_gen_batches: int = 10
+    """at most so many times P groups are sampled for an update (the authors' script); 0: no filter, P groups as they come"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def overlong_penalty(lengths, args):
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    L_c = max(1.0, args.overlong_share * args.max_new_tokens)
+    return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
+
+
+def informative(accuracy, args):
+    """[P, G] -> [P]: groups neither all right nor all wrong. Eq. 11, of the accuracy: the penalty sets wrong ones apart too."""
+    right = accuracy.sum(1)
+    return (right > 0) & (right < accuracy.shape[1]) | (args.max_gen_batches == 0)
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps_low, 1 + args.eps_high)
+    objective = torch.min(ratio * adv, clipped * adv)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over all tokens of the minibatch. Eq. 12."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+
+    args, config, device = runlog.prepare(__file__, args)
+    if args.group_size < 2:
+        raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context)
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = rollout.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+    held_out = task.test[: args.eval_prompts]
+    if run.state["accuracy_before"] is None:
+        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+
+    while run.state["step"] < args.steps:
+        step = run.state["step"]
+        run.start_step()
+
+        # Rollout: P prompts over all processes, G completions each, until every process has its share of informative groups.
+        engine.wake()
+        share, kept, n, rounds, right = args.prompts_per_step // gpu.world(), [], 0, 0, 0
+        while not rounds or n < share and rounds < args.max_gen_batches:
+            prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+            batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"])  # new noise every round
+            batch.policy_version.fill_(step)
+            run.state["cursor"] += args.prompts_per_step
+            keep = informative(batch.accuracy, args).nonzero()[:, 0]
+            kept += [batch.groups(keep)] if len(keep) else []
+            n = -gpu.maximum(-sum(len(b.reward) for b in kept))  # of the process that has fewest
+            rounds, right = rounds + 1, right + batch.accuracy.sum().item()
+        n = min(n, share)
+        if n:  # else the last round is measured, but no update is made
+            batch = rollout.Rollout.join(kept).groups(torch.arange(n, device=batch.ids.device))
+        batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args).view_as(batch.reward)
+        engine.sleep()
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp = rollout.logp_of(policy, batch, args)
+        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        run.timed("old_logp")
+
+        # Advantages over the whole rollout, of all processes.
+        adv = gpu.local(advantages(gpu.gather(batch.reward), args))
+        batch.adv = adv.reshape(-1, 1).expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = runlog.Meter()
+        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    objective = objective - args.beta * stats["ref_kl"]
+                if engine.name == "vllm" and args.tis_cap > 0:
+                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
+                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if n and run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+
+        run.state["step"] = step + 1
+        generated = rounds * args.prompts_per_step * args.group_size
+        sampled = dict(accuracy=gpu.total(right) / generated, generated=generated, groups=n * gpu.world())
+        run.log(meter.result() | rollout.summary(batch) | sampled, batch)  # accuracy before the filter, as elsewhere
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            engine.wake()
+            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+            engine.sleep()
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+            run.save(policy, optimizer)
+        if run.stopping(policy, optimizer):
+            break
+    else:
+        engine.wake()
+        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
+        run.save(policy, optimizer)
+        run.finish(accuracy, len(held_out))
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))

@@ -1,0 +1,246 @@
+"""Log-probs in little memory against the naive way, rollouts, micro-batches, and the loop's own arithmetic."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from algos import grpo
+from common import models, rollout, tasks
+
+
+def args(**changes):
+    values = dict(model="tiny", task="addition", dtype="float32", lora_rank=0, gradient_checkpointing=False, seed=3,
+                  temperature=0.8, micro_batch_tokens=4096, group_size=4, max_new_tokens=28, format_reward=0.0,
+                  minibatches=3, epochs=2)  # fmt: skip
+    return SimpleNamespace(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    a = args()
+    tokenizer = models.load_tokenizer(a)
+    return tokenizer, models.load(a, torch.device("cpu")), tasks.load("addition:2", tokenizer)
+
+
+def scorer(texts, answers):
+    return list(texts), [float(t.endswith(a)) for t, a in zip(texts, answers)]
+
+
+def sample(tiny, n=6, **changes):
+    tokenizer, policy, task = tiny
+    a = args(**changes)
+    batch = rollout.collect(rollout.HF(policy, tokenizer), scorer, tokenizer, task.train[:n], a, 0)
+    return a, batch
+
+
+# ---------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_head_equals_the_naive_way(chunk, temperature):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(50, 24, generator=g), torch.randn(301, 24, generator=g)
+    targets, upstream = torch.randint(301, (50,), generator=g), torch.randn(50, generator=g)
+    results = []
+    for naive in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if naive:
+            logits = torch.log_softmax(h @ w.T / temperature, -1)
+            logp, entropy = logits.gather(-1, targets[:, None]).squeeze(-1), -(logits.exp() * logits).sum(-1)
+        else:
+            logp, entropy = models.head_logp(h, w, targets, temperature, chunk)
+        (logp * upstream).sum().backward()
+        results.append((logp.detach(), entropy.detach(), h.grad, w.grad))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_head_keeps_no_logits(monkeypatch):
+    """Between forward and backward nothing of size V per token is saved."""
+    saved = []
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        models.head_logp(hidden, weight, torch.zeros(64, dtype=torch.long), 1.0, 16)
+    assert sum(saved) < 64 * 5000 / 2 + 4 * weight.numel()
+
+
+def test_policy_equals_transformers_logits(tiny):
+    _, policy, _ = tiny
+    a, batch = sample(tiny)
+    logp, entropy = policy(batch.ids, batch.attention_mask, batch.mask, a.temperature)
+    T = batch.mask.shape[1]
+    for i in range(len(batch.ids)):
+        row = batch.ids[i][batch.attention_mask[i]]  # no padding at all
+        n = int(batch.mask[i].sum())
+        logits = torch.log_softmax(policy.lm(input_ids=row[None]).logits[0].float() / a.temperature, -1)
+        expected = logits[:-1].gather(-1, row[1:, None]).squeeze(-1)[-n:]
+        torch.testing.assert_close(logp[i, :n], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entropy[i, :n], -(logits.exp() * logits).sum(-1)[:-1][-n:], rtol=1e-5, atol=1e-5)
+    assert not logp[~batch.mask].any() and logp.shape == (24, T)
+
+
+# ---------------------------------------------------------------- rollouts
+
+
+def test_the_sampler_says_the_log_probs_that_the_policy_has(tiny):
+    a, batch = sample(tiny)
+    logp = rollout.logp_of(tiny[1], batch, a)
+    assert ((logp - batch.sampler_logp).abs() * batch.mask).max() < 2e-5
+
+
+def test_sampling_follows_the_distribution(tiny):
+    """First tokens of 4,000 samples of one prompt against the model's own probabilities, temperature included."""
+    tokenizer, policy, task = tiny
+    prompt = task.train[0].ids
+    with torch.no_grad():
+        probs = torch.softmax(policy.lm(input_ids=torch.tensor([prompt])).logits[0, -1] / 1.7, -1)
+    done = rollout.HF(policy, tokenizer).generate([prompt] * 40, 100, 1, 1.7, list(range(40)))
+    counts = torch.bincount(torch.tensor([d[0][0] for d in done]), minlength=len(probs)).float() / len(done)
+    assert ((counts - probs).abs() < 5 * (probs * (1 - probs) / len(done)).sqrt() + 1e-4).all()
+
+
+def test_a_completion_depends_on_its_seed_alone(tiny):
+    tokenizer, policy, task = tiny
+    engine = rollout.HF(policy, tokenizer, rows=8)
+    prefixes = [e.ids for e in task.train[:5]]
+    together = engine.generate(prefixes, 4, 28, 1.0, [10, 11, 12, 13, 14])
+    alone = engine.generate(prefixes[3:4], 4, 28, 1.0, [13])
+    assert [c[0] for c in together[12:16]] == [c[0] for c in alone]
+    other = engine.generate(prefixes[3:4], 4, 28, 1.0, [99])
+    assert [c[0] for c in other] != [c[0] for c in alone]
+
+
+def test_tokens_in_tokens_out(tiny):
+    """What is trained on is what was sampled: EOS inside the mask, nothing after it, truncation said and scored as wrong."""
+    tokenizer, _, task = tiny
+    a, batch = sample(tiny, max_new_tokens=6)
+    assert batch.mask.shape[1] <= 6 and batch.truncated.any() and not batch.truncated.all()
+    for i, row in enumerate(batch.ids[:, -batch.mask.shape[1] :]):
+        tokens = row[batch.mask[i]].tolist()
+        assert (tokenizer.eos_token_id in tokens) == (not batch.truncated[i])
+        assert tokenizer.eos_token_id not in tokens[:-1]
+        prompt = batch.ids[i][batch.attention_mask[i]].tolist()[: -len(tokens)]
+        assert prompt == task.train[i // 4].ids
+    assert not batch.accuracy.flatten()[batch.truncated].any()
+
+
+def test_a_truncated_completion_is_wrong_even_where_its_text_is_right(tiny):
+    tokenizer, _, task = tiny
+    ids = tokenizer(":" + task.train[0].answer)["input_ids"]
+    done = [(ids, [0.0] * len(ids), False), (ids + [tokenizer.eos_token_id], [0.0] * (len(ids) + 1), True)]
+    batch = rollout.assemble(done, [task.train[0]] * 2, 2, scorer, tokenizer, args(), 0, torch.device("cpu"))
+    assert batch.accuracy.tolist() == [[0.0, 1.0]]
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget(tiny):
+    a, batch = sample(tiny)
+    rows = torch.tensor([5, 0, 17, 9, 23, 3, 11])
+    for budget in (40, 90, 10**6):
+        seen = []
+        for mb in batch.micro_batches(rows, budget):
+            assert mb.ids.numel() <= budget or len(mb.ids) == 1
+            assert mb.attention_mask.any(0).all() and mb.mask.any(0).all()  # trimmed: no column is all padding
+            seen += [tuple(i[m].tolist()) for i, m in zip(mb.ids, mb.attention_mask)]
+        assert sorted(seen) == sorted(tuple(batch.ids[r][batch.attention_mask[r]].tolist()) for r in rows)
+
+
+def test_gradient_does_not_depend_on_micro_batches(tiny):
+    _, policy, _ = tiny
+    a, batch = sample(tiny)
+    batch.old_logp = rollout.logp_of(policy, batch, a)
+    batch.adv = torch.randn(24, 1, generator=torch.Generator().manual_seed(0)).expand(batch.mask.shape)
+    gradients = []
+    for budget in (10**6, 300, 30):
+        policy.zero_grad()
+        rows, batch.weights = next(iter(rollout.minibatches(batch, a, 0, grpo.token_weights)))
+        for mb in batch.micro_batches(rows, budget):
+            logp, _ = policy(mb.ids, mb.attention_mask, mb.mask, a.temperature)
+            objective, _ = grpo.surrogate(logp, mb.old_logp, mb.adv, mb.mask, grpo.Args())
+            (-(objective * mb.weights)[mb.mask].sum()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    assert gradients[0].abs().max() > 1e-3
+    for g in gradients[1:]:
+        torch.testing.assert_close(g, gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_cut_the_rollout_into_parts_whose_weights_sum_to_one(tiny):
+    a, batch = sample(tiny)
+    parts = list(rollout.minibatches(batch, a, 0, grpo.token_weights))
+    assert len(parts) == a.minibatches * a.epochs
+    for epoch in (parts[:3], parts[3:]):
+        assert sorted(torch.cat([rows for rows, _ in epoch]).tolist()) == list(range(24))
+    for rows, weights in parts:
+        assert weights.sum().item() == pytest.approx(1.0) and set(weights.nonzero()[:, 0].tolist()) == set(rows.tolist())
+    again = list(rollout.minibatches(batch, a, 1, grpo.token_weights))
+    assert not torch.equal(parts[0][0], again[0][0])
+
+
+def test_join_undoes_groups(tiny):
+    _, batch = sample(tiny)
+    parts = [batch.groups(torch.tensor(g)) for g in ([0, 2], [1], [3, 4, 5])]
+    joined = rollout.Rollout.join(parts)
+    order = torch.tensor([0, 2, 1, 3, 4, 5])
+    expected = batch.groups(order)
+    for name, value in expected._tensors():
+        assert torch.equal(getattr(joined, name), value), name
+    assert torch.equal(joined.reward, batch.reward[order]) and joined.texts == expected.texts
+
+
+def test_seeds_differ():
+    seeds = {rollout.hash_seed(s, step, i) for s in range(5) for step in range(40) for i in range(64)}
+    assert len(seeds) == 5 * 40 * 64 and all(0 <= s < 2**63 for s in seeds)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def run(tmp_path, name, script=grpo, **changes):
+    small = dict(steps=2, prompts_per_step=8, group_size=4, eval_prompts=8, checkpoint_every=0, run_dir=str(tmp_path / name))
+    script.train(script.Args(**small | changes))
+    return [json.loads(line) for line in open(tmp_path / name / "metrics.jsonl")]
+
+
+def test_truncated_importance_sampling(tmp_path, monkeypatch):
+    """A sampler that reports log-probs off by ln 1.5: every token weighs 1.5 times as much, or the cap; 0 turns it off."""
+    plain = run(tmp_path, "plain", steps=1, minibatches=1)[0]["grad_norm"]
+    monkeypatch.setattr(rollout.HF, "name", "vllm")
+    assemble = rollout.assemble
+
+    def shifted(*a):
+        batch = assemble(*a)
+        batch.sampler_logp = batch.sampler_logp - torch.tensor(1.5).log()
+        return batch
+
+    monkeypatch.setattr(rollout, "assemble", shifted)
+    for cap, factor in ((2.0, 1.5), (1.2, 1.2), (0.0, 1.0)):
+        found = run(tmp_path, f"cap{cap}", steps=1, minibatches=1, tis_cap=cap)[0]["grad_norm"]
+        assert found == pytest.approx(factor * plain, rel=1e-4)
+
+
+def test_kl_penalty_holds_the_policy_back(tmp_path):
+    """A heavy penalty keeps the distance to the starting model small; a light one lets the same rate run off."""
+    light, heavy = (run(tmp_path, f"beta{b}", lr=3e-4, steps=4, beta=b)[-1]["ref_kl"] for b in (1e-6, 2.0))
+    assert 0 < heavy < light / 3 and light > 0.05
+
+
+def test_first_minibatch_is_on_policy(tmp_path):
+    rows = run(tmp_path, "one", steps=1, minibatches=1)
+    assert rows[0]["ratio_max"] == pytest.approx(1.0, abs=1e-4) and rows[0]["clip_fraction"] == 0
+    rows = run(tmp_path, "eight", steps=1, minibatches=8, lr=1e-3)
+    assert rows[0]["ratio_max"] > 1.05
+
+
+def test_lora_trains_and_syncs_merged_weights(tmp_path):
+    rows = run(tmp_path, "lora", lora_rank=4, lr=1e-2, steps=2)
+    assert rows[1]["sampler_gap_max"] < 1e-4 and rows[1]["approx_kl"] > 0
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "lora" / "checkpoints" / "step-000002"
+    start = load_file(models.warm_start("addition") + "/model.safetensors")
+    merged = load_file(folder / "model.safetensors")
+    assert merged.keys() == start.keys()
+    moved = [k for k in merged if not torch.equal(merged[k], start[k])]
+    assert moved and all("proj.weight" in k for k in moved)

@@ -1,0 +1,89 @@
+"""The tiny model on the real vLLM: same log-probs as the policy after updates, same greedy completions as transformers."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import models, rollout, tasks
+
+SMALL = "--steps 3 --prompts-per-step 16 --eval-prompts 64 --checkpoint-every 2 --engine vllm".split()
+
+
+def test_training_end_to_end(tmp_path):
+    """Several updates on vLLM's samples; at every step its log-probs are the policy's to 1e-4, and it learns."""
+    command = [sys.executable, "algos/grpo.py", *SMALL, "--lr", "3e-4", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    assert all(0 < r["sampler_gap_max"] < 1e-4 for r in rows)
+    assert rows[-1]["approx_kl"] > 0 and rows[-1]["length"] > rows[0]["length"] + 3  # the weights moved, and reached vLLM
+    before, after = (float(w) for w in done.stdout.strip().splitlines()[-1].split()[2:5:2])
+    assert after > before + 0.2
+
+
+@pytest.fixture(scope="module")
+def engines():
+    args = SimpleNamespace(model="tiny", task="addition", dtype="float32", lora_rank=0, gradient_checkpointing=False,
+                           vllm_memory=0.4, temperature=0.7, micro_batch_tokens=4096, seed=0, group_size=4,
+                           max_new_tokens=28, format_reward=0.0)  # fmt: skip
+    tokenizer = models.load_tokenizer(args)
+    policy = models.load(args, torch.device("cpu"))
+    task = tasks.load("addition", tokenizer)
+    vllm = rollout.VLLM(policy, tokenizer, args, 64)
+    yield args, tokenizer, policy, task, vllm, rollout.HF(policy, tokenizer)
+    vllm.close()
+
+
+def sample(engines, temperature=0.7):
+    args, tokenizer, policy, task, vllm, _ = engines
+    args.temperature = temperature
+    scorer = lambda texts, answers: ([None] * len(texts), [0.0] * len(texts))  # noqa: E731
+    batch = rollout.collect(vllm, scorer, tokenizer, task.test[:16], args, 0)
+    batch.old_logp = rollout.logp_of(policy, batch, args)
+    batch.adv = torch.zeros_like(batch.old_logp)
+    return batch
+
+
+def test_new_weights_arrive_and_stale_ones_are_noticed(engines):
+    policy, vllm = engines[2], engines[4]
+    batch = sample(engines)
+    assert ((batch.old_logp - batch.sampler_logp).abs() * batch.mask).max() < 1e-4
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.1 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    stale = sample(engines)
+    assert ((stale.old_logp - stale.sampler_logp).abs() * stale.mask).max() > 0.1
+    vllm.sync()
+    fresh = sample(engines)
+    assert ((fresh.old_logp - fresh.sampler_logp).abs() * fresh.mask).max() < 1e-4
+    stale.sampler_logp = stale.old_logp - 1.0
+    with pytest.raises(SystemExit, match="not in step"):
+        rollout.summary(stale)
+
+
+def test_greedy_completions_are_those_of_transformers(engines):
+    *_, task, vllm, hf = engines
+    prefixes = [e.ids for e in task.test[:48]]
+    mine, theirs = (e.generate(prefixes, 1, 28, 0.0, [0] * 48) for e in (vllm, hf))
+    assert [m[0] for m in mine] == [t[0] for t in theirs] and [m[2] for m in mine] == [t[2] for t in theirs]
+
+
+def test_a_completion_depends_on_its_seed_alone(engines):
+    *_, task, vllm, _ = engines
+    prefixes = [e.ids for e in task.test[:8]]
+    all_together = vllm.generate(prefixes, 4, 28, 1.0, list(range(8)))
+    alone = vllm.generate(prefixes[5:6], 4, 28, 1.0, [5])
+    assert [c[0] for c in all_together[20:24]] == [c[0] for c in alone]
+    assert len({tuple(c[0]) for c in all_together[:4]}) > 1
+
+
+def test_a_prefix_may_hold_part_of_a_completion(engines):
+    _, tokenizer, _, task, vllm, hf = engines
+    prefix = task.test[0].ids + tokenizer("1+1=02 ")["input_ids"]
+    (tokens, logp, ended) = vllm.generate([prefix], 1, 5, 0.0, [0])[0]
+    assert tokens == hf.generate([prefix], 1, 5, 0.0, [0])[0][0] and len(tokens) == len(logp) <= 5 and ended in (True, False)
