@@ -74,7 +74,7 @@ class Args:
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
     dtype: str | None = None
-    """float32 or bfloat16"""
+    """of weights and gradients: float32, bfloat16, or float64"""
     optimizer: str | None = None
     """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
     lora_rank: int = 0

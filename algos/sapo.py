@@ -73,7 +73,7 @@ class Args:
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
     dtype: str | None = None
-    """float32 or bfloat16"""
+    """of weights and gradients: float32, bfloat16, or float64"""
     optimizer: str | None = None
     """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
     lora_rank: int = 0
@@ -175,7 +175,8 @@ def train(args):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
                 objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
                 if reference:
-                    objective = objective - args.beta * kl_penalty(logp, mb.ref_logp, mb.mask)
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    objective = objective - args.beta * stats["ref_kl"]
                 if engine.name == "vllm" and args.tis_cap > 0:
                     objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
                 micro_loss = -(objective * mb.weights)[mb.mask].sum()

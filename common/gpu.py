@@ -156,8 +156,6 @@ def make_optimizer(policy, args):
     settings = dict(lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999))
     if args.optimizer == "adamw":
         return torch.optim.AdamW(weights, **settings)
-    if args.optimizer not in ("adamw_sr", "adamw_8bit"):
-        raise UserError(f"--optimizer must be adamw, adamw_sr or adamw_8bit, is {args.optimizer!r}")
     if args.optimizer == "adamw_8bit" and world() > 1:
         raise UserError("--optimizer adamw_8bit runs in one process only (torchao 0.18 cannot shard its states): use adamw_sr")
     from torchao import optim
@@ -212,6 +210,8 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
     }
     if args.beta > 0:
         plan["reference"] = n_parameters * size / ranks
+    if hasattr(args, "value_lr"):  # a critic of the policy's size, with states of its own
+        plan["critic"] = plan["weights"] + plan["gradients"] + plan["optimizer"]
     length, rows = context, args.prompts_per_step * args.group_size / ranks
     cache = 2 * L * config.num_key_value_heads * head * size
     if args.engine == "hf" or not torch.cuda.is_available():

@@ -56,6 +56,11 @@ REAL = dict(
     eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
     micro_batch_tokens=32768,
 )  # fmt: skip
+CHOICES = dict(
+    engine=("auto", "hf", "vllm"),
+    dtype=("float32", "bfloat16", "float64"),
+    optimizer=("adamw", "adamw_sr", "adamw_8bit"),
+)
 PRESETS = {
     1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False),
     4.0: REAL,
@@ -116,8 +121,10 @@ def resolve(args):
                          ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
         if getattr(args, field, least) < least:
             raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
-    if args.dtype not in ("float32", "bfloat16", "float64"):
-        raise UserError(f"--dtype must be float32, bfloat16 or float64, is {args.dtype!r}")
+    for field, words in CHOICES.items():
+        if getattr(args, field, words[0]) not in words:
+            flag = field.replace("_", "-")
+            raise UserError(f"--{flag} must be one of {', '.join(words)}; it is {getattr(args, field)!r}")
     if args.dtype == "bfloat16" and args.optimizer == "adamw":
         raise UserError(
             "--optimizer adamw would round nearly every update of bfloat16 weights away (a step of 1e-6 is far below "
@@ -233,8 +240,9 @@ class Policy(nn.Module):
     """A causal language model that returns log-probs of given tokens instead of logits.
 
     forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T], entropy [b, T], both float32
-    (float64 for a float64 model), 0 where mask is False. The completion is the last T of the S positions. The head runs on the masked positions only,
-    `chunk` of them at a time, recomputed in the backward pass, so [b, T, V] never exists."""
+    (float64 for a float64 model), 0 where mask is False. The completion is the last T of the S positions.
+    The head runs on the masked positions only, `chunk` of them at a time, recomputed in the backward pass, so that
+    [b, T, V] never exists."""
 
     def __init__(self, lm, chunk=1024):
         super().__init__()

@@ -26,6 +26,8 @@ class Rollout:
     old_logp: torch.Tensor | None = None  # [B, T] float32, by the trainer, before the first update
     ref_logp: torch.Tensor | None = None  # [B, T] float32, of the frozen reference (only where beta > 0)
     adv: torch.Tensor | None = None  # [B, T] float32
+    old_values: torch.Tensor | None = None  # [B, T] float32, of the critic before the first update (only where there is one)
+    returns: torch.Tensor | None = None  # [B, T] float32, what the critic is fitted to
     weights: torch.Tensor | None = None  # [B, T] float32: token_weights of the minibatch that a row is in
     texts: list | None = None  # B decoded completions, for checking and reading only
     answers: list | None = None  # B extracted answers
@@ -33,8 +35,9 @@ class Rollout:
     def take(self, rows):
         """Rows [b] as a batch of their own, cut to their longest prompt and completion. Per-group fields stay behind."""
         T = self.mask.shape[1]
-        left = self.attention_mask.shape[1] - T - int(self.attention_mask[rows, :-T].sum(1).max())
-        t = max(1, int(self.mask[rows].sum(1).max()))
+        prompts, lengths = self.attention_mask[rows, :-T].sum(1), self.mask[rows].sum(1)
+        left = self.attention_mask.shape[1] - T - max(prompts.tolist(), default=0)
+        t = max([1, *lengths.tolist()])
         out = {"accuracy": None, "reward": None}
         for name, value in self._tensors():
             value = value[rows]
@@ -53,6 +56,7 @@ class Rollout:
     def groups(self, keep):
         """The groups with numbers keep [p], texts and rewards included."""
         G = self.reward.shape[1]
+        keep = keep.to(self.ids.device)
         rows = (keep[:, None] * G + torch.arange(G, device=keep.device)).flatten()
         out = self.take(rows)
         out.accuracy, out.reward = self.accuracy[keep], self.reward[keep]
@@ -231,8 +235,6 @@ def make_engine(policy, tokenizer, args, context):
     import importlib.util
 
     installed = importlib.util.find_spec("vllm") is not None
-    if args.engine not in ("auto", "hf", "vllm"):
-        raise UserError(f"--engine must be auto, hf or vllm, is {args.engine!r}")
     if args.engine == "vllm" and not installed:
         raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
     if args.engine == "vllm" or args.engine == "auto" and installed and torch.cuda.is_available():

@@ -21,7 +21,7 @@ MAY_CHANGE = ("resume", "run_dir", "steps", "eval_every", "checkpoint_every", "e
 
 
 def prepare(script, args):
-    """-> (args with every field filled in, the model's config, the device): joins the process group and prints what will run."""
+    """-> (args with every field filled in, the model's config, the device). Joins the process group, prints what will run."""
     if args.resume:
         args = inherit(Path(script).stem, args)
     args, config = models.resolve(args)
@@ -190,8 +190,7 @@ class Run:
                 self.board.add_scalar(name, value, metrics["step"])
         keys = dict(reward="reward", accuracy="acc", length="len", entropy="H")
         self.bar.set_postfix_str(
-            " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items())
-            + f" {metrics['time/tokens_per_s']:,.0f} tok/s",
+            " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items()) + f" {metrics['time/tokens_per_s']:,.0f} tok/s",
             refresh=False,
         )
         self.bar.update(1)
@@ -209,7 +208,9 @@ class Run:
         every = max(1, self.args.steps // 6)
         if (self.state["step"] - 1) % every == 0:
             for r in rows[:n]:
-                text = r["completion"] if len(r["completion"]) < 300 else r["completion"][:140] + " ... " + r["completion"][-140:]
+                text = (
+                    r["completion"] if len(r["completion"]) < 300 else r["completion"][:140] + " ... " + r["completion"][-140:]
+                )
                 self.bar.write(f"  step {r['step']:>4}  reward {r['reward']:.1f}  {text!r}")
 
     def evaluated(self, accuracy, n):

@@ -154,9 +154,7 @@ def countdown(count=3, n_test=512):
             seen.add((key, tuple(numbers)))
             given = " ".join(map(str, numbers))
             examples.append(Example(len(examples), f"{given}={target}?", f"{given}={target}"))
-    return Task(
-        f"countdown:{count}", examples[n_test:], examples[:n_test], check_countdown, True, demonstrate_countdown
-    )
+    return Task(f"countdown:{count}", examples[n_test:], examples[:n_test], check_countdown, True, demonstrate_countdown)
 
 
 # ---------------------------------------------------------------- files, the hub, reasoning-gym
@@ -241,9 +239,7 @@ def reasoning_gym(name, n_train=4096, n_test=512):
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 3, 0.3)
         raise UserError(f"unknown reasoning_gym task {name!r}; nearest: {', '.join(near) or 'none'}")
-    rows = [
-        (e["question"], json.dumps(e, default=str)) for e in gym.create_dataset(name, size=n_train + n_test, seed=0)
-    ]
+    rows = [(e["question"], json.dumps(e, default=str)) for e in gym.create_dataset(name, size=n_train + n_test, seed=0)]
     check = functools.partial(check_reasoning_gym, name)
     return _split(f"reasoning_gym:{name}", rows[n_test:], rows[:n_test], n_test, check)
 

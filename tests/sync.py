@@ -30,7 +30,7 @@ def scripts():
 
 def differs(text):
     """-> (base or None, names that may differ) from the docstring of a script's text."""
-    match = re.search(r"^Differs from (\w+)\.py in: (.+)$", ast.get_docstring(ast.parse(text)) or "", re.M)
+    match = re.search(r"^Differs from (\w+)\.py in: (.+(?:\n +.+)*)$", ast.get_docstring(ast.parse(text)) or "", re.M)
     return (match[1], [n.strip() for n in match[2].split(",")]) if match else (None, [])
 
 
@@ -74,7 +74,9 @@ def out_of_step(name, text, base_text):
             diff = difflib.unified_diff(
                 theirs.get(chunk, "").splitlines(), mine.get(chunk, "").splitlines(), f"{base}.py", f"{name}.py", "", "", 0, ""
             )
-            complaints.append(f"{name}.py: {chunk} differs from {base}.py and the docstring does not say so\n" + "\n".join(diff))
+            complaints.append(
+                f"{name}.py: {chunk} differs from {base}.py and the docstring does not say so\n" + "\n".join(diff)
+            )
     for chunk in allowed:
         if mine.get(chunk) == theirs.get(chunk):
             complaints.append(f"{name}.py: the docstring says that {chunk} differs from {base}.py, but it does not")

@@ -14,7 +14,10 @@ from transformers import Qwen2Config
 from common import UserError, gpu, models
 
 GIB = 2**30
-SMALL = "--steps 3 --prompts-per-step 8 --group-size 4 --eval-prompts 16 --checkpoint-every 1 --micro-batch-tokens 256 --dtype float64".split()
+SMALL = (
+    "--steps 3 --prompts-per-step 8 --group-size 4 --eval-prompts 16 --checkpoint-every 1 "
+    "--micro-batch-tokens 256 --dtype float64"
+).split()
 
 
 def launch(ranks, *arguments):

@@ -90,7 +90,10 @@ def test_a_model_of_the_shape_of_qwen_0_5b_trains_from_its_folder(tmp_path):
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    rows = [{"question": f"Ann has {i} apples and buys 2. How many?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(20)]
+    rows = [
+        {"question": f"Ann has {i} apples and buys 2. How many?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"}
+        for i in range(20)
+    ]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     command = [
         sys.executable, "algos/sapo.py", "--model", str(folder), "--task", str(tmp_path / "train.jsonl"), "--steps", "1",

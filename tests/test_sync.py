@@ -17,7 +17,9 @@ def test_in_step(name):
 
 def test_chunks_cover_the_file():
     assert "".join(sync.chunks(BASE).values()) == BASE
-    assert {"docstring", "Args", "model", "own fields", "advantages", "surrogate", "token_weights", "train"} <= set(sync.chunks(BASE))
+    assert {"docstring", "Args", "model", "own fields", "advantages", "surrogate", "token_weights", "train"} <= set(
+        sync.chunks(BASE)
+    )
 
 
 @pytest.mark.parametrize(

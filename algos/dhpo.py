@@ -1,0 +1,246 @@
+"""DHPO: Dynamic Hybrid Policy Optimization. Min et al., "Orchestrating Tokens and Sequences", arXiv 2601.05607 (2026).
+
+Idea: GRPO judges each token by its own ratio, GSPO a whole completion by one; the first is fine-grained and noisy, the
+second steady and blunt. DHPO clips each ratio in an interval of its own width and then mixes the two. The mixing weight is
+one half, or follows the entropy: where the policy is undecided, the token's own ratio counts more.
+
+Objective, to be maximised (Eq. 8-11 as reported by others; the text itself was not at hand):
+    J = 1/B sum_i 1/|y_i| sum_t min(m A_i, m_clip A_i),   m = w r + (1 - w) s,   m_clip = w clip_tok(r) + (1 - w) clip_seq(s)
+    r = pi / pi_old,   s_it = sg[s_i] pi / sg[pi] with s_i = exp( 1/|y_i| sum_t log r )   (GSPO-token's gradient)
+    w = 1/2,   or   w = sg[ (H - min_t H) / (max_t H - min_t H) ],  H the entropy at a token; 0 where H is constant
+    w = 1 is grpo.py, w = 0 is gspo.py. The chosen reading of the outer min and of s's gradient is an option below.
+
+Differs from grpo.py in: mixing_weight, surrogate, train
+Costs: nothing extra; the entropy comes out of the same forward pass.
+Run:   python algos/dhpo.py                                     tiny model, CPU, about a minute
+       python algos/dhpo.py --mix entropy --model qwen2.5-1.5b  GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/dhpo.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    seed: int = 1
+    """of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """P, over all processes"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    lr: float | None = None
+    """AdamW's rate, constant"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: str = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    dtype: str | None = None
+    """of weights and gradients: float32, bfloat16, or float64"""
+    optimizer: str | None = None
+    """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """padded tokens in one forward pass of the trainer"""
+
+    # DHPO
+    eps_token_low: float = 0.2
+    """reach of the token ratio's clip interval below 1 (GRPO)"""
+    eps_token_high: float = 0.28
+    """its reach above 1 (DAPO)"""
+    eps_seq_low: float = 3e-4
+    """reach of the sequence ratio's clip interval below 1 (GSPO)"""
+    eps_seq_high: float = 4e-4
+    """its reach above 1 (GSPO)"""
+    mix: str = "average"
+    """average (w = 1/2) or entropy: the paper's two variants, neither of them the better one throughout"""
+    entropy_to: str = "token"
+    """token or seq: the branch that high entropy favours (our reading: token)"""
+    min: str = "mix"
+    """mix or branch: one min of the mixed ratios, or a min in each branch before mixing (our reading: mix)"""
+    seq_grad: str = "token"
+    """token (GSPO-token: to each token its own) or plain (through the mean): the gradient of s (our reading: token)"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def mixing_weight(entropy, mask, args):
+    """[B, T] each -> w [B, T], detached: the token branch's share. The entropy's range is that of the completion."""
+    low = entropy.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
+    high = entropy.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
+    level = ((entropy - low) / (high - low + 1e-8)).masked_fill(~mask, 0.0)
+    w = {"average": torch.full_like(level, 0.5), "entropy": level}[args.mix]
+    return {"token": w, "seq": 1 - w}[args.entropy_to].detach()
+
+
+def surrogate(logp, old_logp, adv, mask, args, entropy):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    mean = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    straight = mean.detach() + (log_ratio - log_ratio.detach())  # the mean's value, the token's own gradient
+    ratio, s = log_ratio.exp(), {"plain": mean, "token": straight}[args.seq_grad].exp()
+    clipped = ratio.clamp(1 - args.eps_token_low, 1 + args.eps_token_high)
+    s_clipped = s.clamp(1 - args.eps_seq_low, 1 + args.eps_seq_high)
+    w = mixing_weight(entropy, mask, args)
+    mixed, mixed_clipped = w * ratio + (1 - w) * s, w * clipped + (1 - w) * s_clipped
+    branches = w * torch.min(ratio * adv, clipped * adv) + (1 - w) * torch.min(s * adv, s_clipped * adv)
+    objective = {"mix": torch.min(mixed * adv, mixed_clipped * adv), "branch": branches}[args.min]
+    clip_fraction, seq = (clipped * adv < ratio * adv).float(), (s_clipped * adv < s * adv).float().expand_as(w)
+    return objective, dict(clip_fraction=clip_fraction, clip_fraction_seq=seq, mix_weight=w, ratio_gap=(ratio - s).abs())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over a completion's tokens, then over completions; empty completions do not count."""
+    lengths = mask.sum(1, keepdim=True)
+    return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+
+    args, config, device = runlog.prepare(__file__, args)
+    if args.group_size < 2:
+        raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context)
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = rollout.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+    held_out = task.test[: args.eval_prompts]
+    if run.state["accuracy_before"] is None:
+        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+
+    while run.state["step"] < args.steps:
+        step = run.state["step"]
+        run.start_step()
+
+        # Rollout: P prompts over all processes, G completions each.
+        engine.wake()
+        prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step)
+        engine.sleep()
+        run.state["cursor"] += args.prompts_per_step
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp = rollout.logp_of(policy, batch, args)
+        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        run.timed("old_logp")
+
+        # Advantages over the whole rollout, of all processes.
+        adv = gpu.local(advantages(gpu.gather(batch.reward), args))
+        batch.adv = adv.reshape(-1, 1).expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = runlog.Meter()
+        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args, entropy)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    objective = objective - args.beta * stats["ref_kl"]
+                if engine.name == "vllm" and args.tis_cap > 0:
+                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
+                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+
+        run.state["step"] = step + 1
+        run.log(meter.result() | rollout.summary(batch), batch)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            engine.wake()
+            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+            engine.sleep()
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+            run.save(policy, optimizer)
+        if run.stopping(policy, optimizer):
+            break
+    else:
+        engine.wake()
+        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
+        run.save(policy, optimizer)
+        run.finish(accuracy, len(held_out))
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))

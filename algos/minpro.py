@@ -1,0 +1,241 @@
+"""MinPRO: minimum prefix ratio. Lei, Cheng and Tao, "A Step Back", arXiv 2601.22718 (2026).
+
+Idea: a token sampled by an older policy should be weighted by how likely the whole text up to it has become, the product
+of all ratios so far; CISPO and GRPO keep the last factor alone. The product itself explodes or vanishes with length, so
+MinPRO replaces its earlier factors by the smallest of them. Tokens after an unlikely turn are damped, and none is dropped.
+
+Objective, to be maximised, over all tokens of the minibatch:
+    J = 1/sum_i |y_i| sum_i sum_t sg[w] A_i log pi,   w = clip(m_t r_t, 1 - eps_low, 1 + eps_high),   r = pi / pi_old
+    m_t = min_{j<t} r_j over the tokens before t (m_1 = 1; above 1 where all of them are), in place of their product
+    (Definitions and setting as reported by others; the paper's table of hyperparameters was not at hand.)
+To have something to correct, step n trains on what the policy of step n - staleness sampled. The queue is filled before the
+first update, by the starting policy; so the age grows from 0 to `staleness` over the first steps and stays there.
+
+Differs from cispo.py in: prefix_minimum, surrogate, train
+Costs: nothing per step; `staleness` rollouts more at the start, kept in memory and in the checkpoints.
+Run:   python algos/minpro.py                                   tiny model, CPU, about a minute
+       python algos/minpro.py --model qwen2.5-1.5b              GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/minpro.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    seed: int = 1
+    """of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """P, over all processes"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    lr: float | None = None
+    """AdamW's rate, constant"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: str = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    dtype: str | None = None
+    """of weights and gradients: float32, bfloat16, or float64"""
+    optimizer: str | None = None
+    """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """padded tokens in one forward pass of the trainer"""
+
+    # MinPRO
+    eps_low: float = 1.0
+    """the weight is at least 1 - eps_low; 1: no lower bound, which would lift the damped tokens back up"""
+    eps_high: float = 4.0
+    """the weight is at most 1 + eps_high (as in cispo.py; the paper's value is not known)"""
+    staleness: int = 4
+    """age of the rollouts in steps; 0: on-policy (the paper studies 2 and more)"""
+    hard_clip: bool = False
+    """PPO's min and clip on m r instead of the capped constant weight (seen in public code; with intervals of 0.2 and 0.28)"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+@torch.no_grad()
+def prefix_minimum(log_ratio, mask):
+    """[B, T] -> [B, T]: the smallest log-ratio of the completion's tokens before each one, 0 where there are none."""
+    past = log_ratio.masked_fill(~mask, torch.inf).cummin(1).values.roll(1, 1)
+    past[:, 0] = torch.inf
+    return past.masked_fill(past.isinf(), 0.0)
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    prefix = prefix_minimum(log_ratio, mask)
+    ratio = (prefix + log_ratio).exp()
+    weight = ratio.clamp(1 - args.eps_low, 1 + args.eps_high).detach()
+    objective = weight * adv * logp.masked_fill(~mask, 0.0)
+    if args.hard_clip:
+        objective = torch.min(ratio * adv, ratio.clamp(1 - args.eps_low, 1 + args.eps_high) * adv)
+    return objective, dict(clip_fraction=(weight != ratio).float(), weight=weight, prefix=prefix.exp(), prefix_min=prefix.exp())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over all tokens of the minibatch."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+
+    args, config, device = runlog.prepare(__file__, args)
+    if args.group_size < 2:
+        raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context)
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = rollout.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+    held_out = task.test[: args.eval_prompts]
+    if run.state["accuracy_before"] is None:
+        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+
+    while run.state["step"] < args.steps:
+        step = run.state["step"]
+        run.start_step()
+
+        # Rollout: P prompts over all processes, G completions each.
+        engine.wake()
+        prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
+        engine.sleep()
+        run.state["cursor"] += args.prompts_per_step
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp = rollout.logp_of(policy, batch, args)
+        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        run.timed("old_logp")
+
+        # Staleness: the newest rollout joins the queue, the oldest is trained on; before the first update the queue is filled.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.staleness:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        adv = gpu.local(advantages(gpu.gather(batch.reward), args))
+        batch.adv = adv.reshape(-1, 1).expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = runlog.Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    objective = objective - args.beta * stats["ref_kl"]
+                if engine.name == "vllm" and args.tis_cap > 0:
+                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
+                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+
+        run.state["step"] = step + 1
+        run.log(meter.result() | rollout.summary(batch), batch)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            engine.wake()
+            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+            engine.sleep()
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+            run.save(policy, optimizer)
+        if run.stopping(policy, optimizer):
+            break
+    else:
+        engine.wake()
+        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
+        run.save(policy, optimizer)
+        run.finish(accuracy, len(held_out))
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))
