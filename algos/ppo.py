@@ -22,6 +22,7 @@ Run:   python algos/ppo.py                                      tiny model, CPU,
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -60,7 +61,7 @@ class Args:
     """of sampling, and of every log-prob"""
     format_reward: float = 0.0
     """added to the reward of a completion that states its answer in a recognised form"""
-    engine: str = "auto"
+    engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
     """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
@@ -76,10 +77,10 @@ class Args:
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
-    dtype: str | None = None
-    """of weights and gradients: float32, bfloat16, or float64"""
-    optimizer: str | None = None
-    """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
     gradient_checkpointing: bool | None = None

@@ -9,18 +9,20 @@ Objective, to be maximised:
     J = 1/B sum_i min(r_i A_i, clip(r_i, 1 - eps, 1 + eps) A_i),   r_i = prod_t pi / pi_old
     A_i = R_i - 1/(G-1) sum_{j != i} R_j = G/(G-1) (R_i - mean R),   R = score - beta sum_t log(pi_old / pi_ref)
     on-policy the gradient is that of 1/B sum_i A_i sum_t log pi: tokens are summed, not averaged
-The product grows with the length: the longer the completions, the fewer of them eps leaves unclipped after a few updates.
+The product strays with the length: the longer the completions, the fewer of them are left unclipped after a few updates. Of
+the tiny model's, 59% are clipped in the first rollout of 8 updates, 8% in an average one, none with --minibatches 1.
 
 Differs from grpo.py in: advantages, surrogate, kl_penalty, train
 Costs: nothing extra.
 Run:   python algos/rloo.py                                     tiny model, CPU, about a minute
-       python algos/rloo.py --beta 0.03 --minibatches 1         the paper's setting: KL in the reward, one update per rollout
+       python algos/rloo.py --group-size 4 --beta 0.03 --minibatches 1      the paper's setting
        torchrun --nproc-per-node 8 algos/rloo.py --model qwen2.5-7b --minibatches 1
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -59,7 +61,7 @@ class Args:
     """of sampling, and of every log-prob"""
     format_reward: float = 0.0
     """added to the reward of a completion that states its answer in a recognised form"""
-    engine: str = "auto"
+    engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
     """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
@@ -75,10 +77,10 @@ class Args:
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
-    dtype: str | None = None
-    """of weights and gradients: float32, bfloat16, or float64"""
-    optimizer: str | None = None
-    """adamw, adamw_sr (bfloat16 with stochastic rounding) or adamw_8bit"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
     gradient_checkpointing: bool | None = None

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import typing
 from dataclasses import fields
 from pathlib import Path
 
@@ -56,11 +57,6 @@ REAL = dict(
     eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
     micro_batch_tokens=32768,
 )  # fmt: skip
-CHOICES = dict(
-    engine=("auto", "hf", "vllm"),
-    dtype=("float32", "bfloat16", "float64"),
-    optimizer=("adamw", "adamw_sr", "adamw_8bit"),
-)
 PRESETS = {
     1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False),
     4.0: REAL,
@@ -121,8 +117,9 @@ def resolve(args):
                          ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
         if getattr(args, field, least) < least:
             raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
-    for field, words in CHOICES.items():
-        if getattr(args, field, words[0]) not in words:
+    for field, hint in typing.get_type_hints(type(args)).items():
+        literal = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal), None)
+        if literal and getattr(args, field) not in (words := typing.get_args(literal)):
             flag = field.replace("_", "-")
             raise UserError(f"--{flag} must be one of {', '.join(words)}; it is {getattr(args, field)!r}")
     if args.dtype == "bfloat16" and args.optimizer == "adamw":

@@ -67,7 +67,7 @@ class Script:
         self.script, self.argv, self.before = str(script), [str(a) for a in argv], before
 
     def __call__(self):
-        sys.path[0] = str(Path(self.script).parent)
+        sys.path[:0] = [str(Path(self.script).parent), str(ROOT)]
         if self.before:
             self.before()
         sys.argv = [self.script, *self.argv]
@@ -143,7 +143,8 @@ def outcome(folder):
     """What must be the same for the same seed: metrics (without times), evaluations, samples as text, and the bytes of the
     final weights."""
     folder = Path(folder)
-    metrics = [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in lines(folder / "metrics.jsonl")]
+    rows = lines(folder / "metrics.jsonl")
+    metrics = [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
     last = checkpoints(folder)[-1]
     return SimpleNamespace(
         metrics=metrics, evals=(folder / "evals.jsonl").read_text(), samples=(folder / "samples.jsonl").read_text(),

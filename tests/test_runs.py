@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import (
-    CORE, GRPO, ROOT, SMALL, Child, checkpoints, die_at, lines, outcome, run, same, start, tiny, user_error,
-)  # fmt: skip
+from tests.helpers import CORE, GRPO, ROOT, SMALL, Child, checkpoints, die_at, lines, outcome, run, same, start
+from tests.helpers import tiny, user_error  # isort: skip
 
 __all__ = ["tiny"]
 SCRIPTS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
@@ -215,7 +214,6 @@ def test_killed_in_a_step(whole, tmp_path):
 @pytest.mark.parametrize(
     "function, argument, after, left",
     [
-        ("common.runlog.write_weights", "step-000004.tmp", True, ["step-000002"]),
         ("torch.save", "step-000004.tmp", False, ["step-000002"]),
         ("os.rename", "step-000004.tmp", False, ["step-000002"]),
         ("os.rename", "step-000006.tmp", True, ["step-000002", "step-000004", "step-000006"]),
@@ -242,12 +240,12 @@ def test_killed_before_the_first_checkpoint(whole, tmp_path):
     same(outcome(folder), whole[2])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop(whole, tmp_path, number):
+def test_asked_to_stop(whole, tmp_path):
+    """Ctrl-C; SIGTERM has the same handler."""
     folder = tmp_path / "run"
     child = start(tmp_path, *SMALL, "--run-dir", folder)
     assert child.until(lambda: len(lines(folder / "metrics.jsonl")) == 3), child.wait()
-    os.kill(child.pid, number)
+    os.kill(child.pid, signal.SIGINT)
     done = child.wait()
     assert done.code == 0 and "Traceback" not in done.err
     assert done.err == "\nstopping after this step (once more to stop at once)\n"
@@ -262,11 +260,11 @@ def test_asked_to_stop(whole, tmp_path, number):
 
 
 def test_asked_to_stop_in_the_last_step(whole, tmp_path):
-    """The last evaluation is made up for by the resume."""
+    """By SIGTERM; the last evaluation is made up for by the resume."""
     folder = tmp_path / "run"
     child = start(tmp_path, *SMALL, "--run-dir", folder)
     assert child.until(lambda: len(lines(folder / "metrics.jsonl")) == 5), child.wait()
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, signal.SIGTERM)
     assert child.wait().code == 0
     resumed_or_done = run(tmp_path, "--resume", folder)
     assert resumed_or_done.code == 0, resumed_or_done.err
@@ -294,10 +292,8 @@ def flip(path):
         lambda f: flip(f / "model.safetensors"),
         lambda f: cut(f / "state.pt"),
         lambda f: (f / "manifest.json").unlink(),
-        lambda f: cut(f / "manifest.json"),
-        lambda f: (f / "state.pt").unlink(),
     ],
-    ids=["weights cut", "a bit of the weights", "state cut", "no manifest", "manifest cut", "no state"],
+    ids=["weights cut", "a bit of the weights", "state cut", "no manifest"],
 )
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, damage):
     """It is said, the one before is used, and in the end a whole one stands in its place."""

@@ -33,7 +33,7 @@ def countdown():
 def test_splits_are_disjoint(name, request):
     task = request.getfixturevalue(name)
     train, test = {e.prompt for e in task.train}, {e.prompt for e in task.test}
-    assert len(test) == len(task.test) == 512 and len(train) == len(task.train) and not train & test
+    assert 300 <= len(test) == len(task.test) <= 512 and len(train) == len(task.train) > 4000 and not train & test
     ids = [e.id for e in task.train + task.test]
     assert sorted(ids) == list(range(len(ids)))
     assert task.inline
@@ -104,7 +104,7 @@ def test_careful_demonstrations_fit_the_preset(name):
     lengths = [len(task.demonstrate(rng, e, 1.0)) + 1 for e in task.train[:500]]
     args, _ = models.resolve(grpo.Args(task=name))
     limit = args.max_new_tokens
-    assert max(lengths) <= limit, f"{sum(n > limit for n in lengths) / len(lengths):.0%} of the right ways are over {limit} tokens"
+    assert max(lengths) <= limit, f"{sum(n > limit for n in lengths)} of {len(lengths)} right ways are over {limit} tokens"
 
 
 # ---------------------------------------------------------------- demonstrations
@@ -240,8 +240,12 @@ def test_checkers_never_raise(text):
         assert score in (0.0, 1.0) and (extracted is None or extracted in text)
 
 
+def bracket(parts):
+    return f"({''.join(parts)})"
+
+
 @settings(max_examples=300, deadline=None)
-@given(st.recursive(st.integers(0, 999).map(str), lambda e: st.tuples(e, st.sampled_from("+-*"), e).map(lambda t: f"({''.join(t)})")))
+@given(st.recursive(st.integers(0, 999).map(str), lambda e: st.tuples(e, st.sampled_from("+-*"), e).map(bracket)))
 def test_evaluate_agrees_with_python(expression):
     """On the grammar that is allowed; here `eval` may judge, for the text is ours."""
     result = tasks.evaluate(expression)
@@ -333,7 +337,8 @@ def test_jsonl_with_a_test_file(tmp_path):
 
 def test_jsonl_errors_name_the_line(tmp_path):
     good = json.dumps(dict(prompt="p", answer="a"))
-    for bad, part in (("{", "not JSON"), ('{"prompt": 1}', r"needs the fields prompt and answer .*\['prompt'\]"), ("3", "an object")):
+    missing = r"needs the fields prompt and answer .*\['prompt'\]"
+    for bad, part in (("{", "not JSON"), ('{"prompt": 1}', missing), ("3", "an object")):
         (tmp_path / "x.jsonl").write_text(f"{good}\n\n{bad}\n{good}\n")
         with pytest.raises(UserError, match=rf"x\.jsonl:3: .*{part}"):
             tasks.load(str(tmp_path / "x.jsonl"))
@@ -343,7 +348,7 @@ def test_jsonl_errors_name_the_line(tmp_path):
 
 
 GSM = [
-    ("A crate holds 12 pears and 3 of them are bad. How many are good?", "12 - 3 = <<12-3=9>>9 pears are good.\n#### 9", "9", "8"),
+    ("A crate holds 12 pears and 3 of them are bad. How many are good?", "12 - 3 = <<12-3=9>>9 pears.\n#### 9", "9", "8"),
     ("A van costs $1,250. Two cost?", "2 * 1250 = <<2*1250=2500>>2500 dollars.\n#### 2,500", "$2500.00", "2,50"),
     ("Half of 7?", "7 / 2 = 3.5\n#### 3.5", "7/2", "3"),
     ("It was 4 degrees and fell by 9. Now?", "4 - 9 = -5\n#### -5", "-5", "5"),
@@ -387,11 +392,13 @@ def test_default_template_asks_for_a_box(tmp_path):
     task = tasks.load(path, tokenizer)
     text = tokenizer.decode(task.train[0].ids)
     assert text.endswith("?\n\nPlease reason step by step, and put your final answer within <unk>boxed<unk><unk>.")
-    assert tasks.CHAT_TEMPLATE.format(prompt="P") == "P\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert tasks.CHAT_TEMPLATE.format(prompt="P").endswith("put your final answer within \\boxed{}.")
     assert len(task.train[0].ids) == len(tasks.CHAT_TEMPLATE.format(prompt=task.train[0].prompt))
 
 
-@pytest.mark.parametrize("template", ["no field", "{prompt} {x}", "{prompt} {0}", "{prompt", "{{prompt}}", "{prompt.x}", "{prompt[0]}"])
+@pytest.mark.parametrize(
+    "template", ["no field", "{prompt} {x}", "{prompt} {0}", "{prompt", "{{prompt}}", "{prompt.x}", "{prompt[0]}"]
+)
 def test_bad_templates(template):
     with pytest.raises(UserError, match=r"--prompt-template needs the field \{prompt\} and no other"):
         tasks.load("addition:1", models.tiny_tokenizer(), template)
@@ -424,7 +431,8 @@ def test_reasoning_gym(monkeypatch):
     assert entry["question"] == task.test[0].prompt == gym.create_dataset("chain_sum", size=40, seed=0)[0]["question"]
     scorer = rewards.Scorer(task.check, timeout_s=30, workers=1)
     right, wrong = entry["answer"], str(int(entry["answer"]) + 1)
-    texts = [f"So \\boxed{{{right}}}", f"So \\boxed{{{wrong}}}", f"\\boxed{{{right}}} no, \\boxed{{{wrong}}}", "nothing", "", right]
+    both = f"\\boxed{{{right}}} no, \\boxed{{{wrong}}}"
+    texts = [f"So \\boxed{{{right}}}", f"So \\boxed{{{wrong}}}", both, "nothing", "", right]
     extracted, scores = scorer(texts, [task.test[0].answer] * len(texts))
     scorer.close()
     assert scores == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
