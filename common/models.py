@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from common import UserError, gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -321,7 +321,7 @@ def load(args, device, trainable=True):
     if not trainable:
         lm.requires_grad_(False)
     lm.train(trainable)
-    return Policy(lm.to(device))
+    return Policy(lm if gpu.world() > 1 else lm.to(device))  # sharding moves a layer at a time
 
 
 def check_context(config, task, args):

@@ -31,6 +31,7 @@ class Rollout:
     weights: torch.Tensor | None = None  # [B, T] float32: token_weights of the minibatch that a row is in
     texts: list | None = None  # B decoded completions, for checking and reading only
     answers: list | None = None  # B extracted answers
+    timeouts: int = 0  # completions whose check was killed
 
     def take(self, rows):
         """Rows [b] as a batch of their own, cut to their longest prompt and completion. Per-group fields stay behind."""
@@ -140,6 +141,7 @@ def assemble(out, examples, G, scorer, tokenizer, args, step, device):
         logp[i, : len(tokens)] = torch.tensor(token_logp)
     truncated = torch.tensor([not ended for _, _, ended in out])
     texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True)
+    before = getattr(scorer, "timeouts", 0)
     answers, scores = scorer(texts, [e.answer for e in examples])
     accuracy = torch.tensor(scores).masked_fill(truncated, 0.0).view(-1, G)
     reward = accuracy.clone()
@@ -159,6 +161,7 @@ def assemble(out, examples, G, scorer, tokenizer, args, step, device):
         policy_version=torch.full((B,), step, device=device),
         texts=texts,
         answers=answers,
+        timeouts=getattr(scorer, "timeouts", 0) - before,
     )
 
 
@@ -213,6 +216,7 @@ def summary(batch):
         informative_groups=(spread > 1e-6).float(), adv_mean=batch.adv.mean(1),
     )  # fmt: skip
     out = {k: gpu.total(v.double().sum().item()) / gpu.total(v.numel()) for k, v in values.items()}
+    out["reward_timeouts"] = gpu.total(batch.timeouts)
     out["adv_max"], out["adv_min"] = gpu.maximum(batch.adv.max().item()), -gpu.maximum(-batch.adv.min().item())
     return out
 

@@ -189,29 +189,27 @@ class Run:
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
         keys = dict(reward="reward", accuracy="acc", length="len", entropy="H")
-        self.bar.set_postfix_str(
-            " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items()) + f" {metrics['time/tokens_per_s']:,.0f} tok/s",
-            refresh=False,
-        )
+        text = " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items())
+        text += f" {metrics['time/tokens_per_s']:,.0f} tok/s"
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(1)
-        self._show(batch)
+        self._show(batch, text)
 
-    def _show(self, batch, n=2):
-        G = batch.reward.shape[1]
+    def _show(self, batch, text, n=2):
+        """The first prompt's completions into samples.jsonl; six times a run, the state and n of them on the terminal."""
         rows = [
             dict(step=self.state["step"], prompt_id=int(batch.prompt_id[i]), completion=batch.texts[i],
                  answer=batch.answers[i], reward=batch.reward.flatten()[i].item(), truncated=bool(batch.truncated[i]))
-            for i in range(G)
+            for i in range(min(len(batch.texts), max(n, batch.reward.shape[1])))
         ]  # fmt: skip
         self.samples.write("".join(json.dumps(r) + "\n" for r in rows))
         self.samples.flush()
-        every = max(1, self.args.steps // 6)
-        if (self.state["step"] - 1) % every == 0:
+        if (self.state["step"] - 1) % max(1, self.args.steps // 6) == 0:
+            self.bar.write(f"  step {self.state['step']:>4}  {text}")
             for r in rows[:n]:
-                text = (
-                    r["completion"] if len(r["completion"]) < 300 else r["completion"][:140] + " ... " + r["completion"][-140:]
-                )
-                self.bar.write(f"  step {r['step']:>4}  reward {r['reward']:.1f}  {text!r}")
+                sample = r["completion"]
+                sample = sample if len(sample) < 300 else f"{sample[:140]} ... {sample[-140:]}"
+                self.bar.write(f"             reward {r['reward']:.1f}  {sample!r}")
 
     def evaluated(self, accuracy, n):
         """Records a greedy evaluation on n held-out prompts."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from common import UserError, rewards
 
 SYNTHETIC = ("addition", "countdown")
-HUB = {"gsm8k": ("openai/gsm8k", "main"), "math": ("EleutherAI/hendrycks_math", "algebra")}
+MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
+HUB = {"gsm8k": ("openai/gsm8k", ["main"]), "math": ("EleutherAI/hendrycks_math", MATH)}
 CHAT_TEMPLATE = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
@@ -210,15 +211,16 @@ def hub(name, n_test=512):
     """GSM8K or MATH from the Hugging Face hub."""
     import datasets
 
+    repository, parts = HUB[name]
     try:
-        data = datasets.load_dataset(*HUB[name])
+        data = [datasets.load_dataset(repository, part) for part in parts]
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"task {name}: data set {HUB[name][0]} could not be had from the hub ({reason}); "
+            f"task {name}: data set {repository} could not be had from the hub ({reason}); "
             "give a local file with prompt/answer fields: --task path/to/train.jsonl"
         ) from None
-    rows = {split: [_pair(row, f"{name} {split}") for row in data[split]] for split in ("train", "test")}
+    rows = {s: [_pair(row, f"{name} {s}") for part in data for row in part[s]] for s in ("train", "test")}
     return _split(name, rows["train"], rows["test"], n_test)
 
 
@@ -231,6 +233,10 @@ def check_reasoning_gym(name, text, answer):
     return extracted, float(scorer(answer=extracted, entry=json.loads(answer)) >= 1.0)
 
 
+def _import_reasoning_gym():
+    import reasoning_gym  # noqa: F401
+
+
 def reasoning_gym(name, n_train=4096, n_test=512):
     """A generated task of the library reasoning-gym."""
     import reasoning_gym as gym
@@ -241,6 +247,7 @@ def reasoning_gym(name, n_train=4096, n_test=512):
         raise UserError(f"unknown reasoning_gym task {name!r}; nearest: {', '.join(near) or 'none'}")
     rows = [(e["question"], json.dumps(e, default=str)) for e in gym.create_dataset(name, size=n_train + n_test, seed=0)]
     check = functools.partial(check_reasoning_gym, name)
+    check.warm_up = _import_reasoning_gym  # by the checking process, off the clock
     return _split(f"reasoning_gym:{name}", rows[n_test:], rows[:n_test], n_test, check)
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import CORE, GRPO, ROOT, SMALL, Child, checkpoints, die_at, lines, outcome, run, same, start
-from tests.helpers import tiny, user_error  # isort: skip
+from tests import helpers
+from tests.helpers import GRPO, ROOT, SMALL, Child, checkpoints, die_at, lines, outcome, run, same, start, tiny, user_error
 
 __all__ = ["tiny"]
 SCRIPTS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
@@ -28,7 +28,7 @@ def whole(tmp_path_factory, tiny):
     done = subprocess.run(
         [sys.executable, str(GRPO), *SMALL, "--run-dir", str(top / "run")],
         cwd=top, capture_output=True, text=True, timeout=120, env=os.environ | dict(PYTHONPATH=""),
-        preexec_fn=lambda: os.sched_setaffinity(0, CORE),
+        preexec_fn=lambda: os.sched_setaffinity(0, helpers.CORE),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return top / "run", done, outcome(top / "run")
@@ -533,7 +533,7 @@ done = []
 for name in {names!r}:
     script = importlib.import_module(name)
     assert script.__file__.startswith({folder!r}), script.__file__
-    args = script.Args()
+    args = script.Args(max_new_tokens=3) if "max_new_tokens" in script.Args.__annotations__ else script.Args()
     assert args.model == "tiny" and dataclasses.is_dataclass(args)
     plain = lambda f, n: callable(f) and sum(
         p.default is p.empty for p in inspect.signature(f).parameters.values()) == n
