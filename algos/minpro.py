@@ -92,8 +92,8 @@ class Args:
     """the weight is at least 1 - eps_low; 1: no lower bound, which would lift the damped tokens back up"""
     eps_high: float = 4.0
     """the weight is at most 1 + eps_high (as in cispo.py; the paper's value is not known)"""
-    staleness: int = 4
-    """age of the rollouts in steps; 0: on-policy (the paper studies 2 and more)"""
+    staleness: int = 2
+    """age of the rollouts in steps; 0: on-policy (2 is the least that the paper studies)"""
     hard_clip: bool = False
     """PPO's min and clip on m r instead of the capped constant weight (seen in public code; with intervals of 0.2 and 0.28)"""
 

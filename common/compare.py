@@ -57,6 +57,7 @@ def run(script, seed, extra, core):
 def read(folder):
     """-> (rows of metrics.jsonl, greedy accuracy before, after)."""
     rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+    rows = [{k: float("nan") if v is None else v for k, v in row.items()} for row in rows]  # what was not finite
     words = (folder / "done").read_text().split()
     return rows, float(words[2]), float(words[4])
 

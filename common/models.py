@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -88,7 +89,7 @@ def locate(name):
 def _fetch(loader, name, **kwargs):
     try:
         return loader.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # safetensors, tokenizers and torch have errors of their own for files that are damaged
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         if os.path.isdir(name):
             raise UserError(f"cannot load a model from the folder {name}: {lines[0][:200]}") from None
@@ -101,15 +102,28 @@ def _fetch(loader, name, **kwargs):
 def resolve(args):
     """Fills every field of `args` left at None from the preset of its model, and checks the shared fields.
     Returns (args, the model's transformers config)."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     _quiet()
     name = locate(args.model)
     config = tiny_config() if name == "tiny" else _fetch(AutoConfig, name)
-    billions = count_parameters(config) / 1e9
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        lm = None
+    if not hasattr(lm, "model") or not hasattr(lm, "lm_head"):
+        raise UserError(
+            f"model {args.model}: the architecture {config.model_type} is none that Policy knows (Qwen, Llama and their like)"
+        )
+    billions = sum(p.numel() for p in lm.parameters()) / 1e9
     preset = TINY if name == "tiny" else next(p for limit, p in PRESETS.items() if billions <= limit)
     if preset["optimizer"] == "adamw_8bit" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         preset = preset | dict(optimizer="adamw_sr")  # sharded states need no 8 bits, and torchao's cannot be sharded
+    if name == "tiny" and hasattr(args, "task"):  # what the careful way takes, and some room
+        kind, _, n = (args.task or preset["task"]).partition(":")
+        n = int(n) if n.isascii() and n.isdigit() else dict(addition=2, countdown=3).get(kind, 2)
+        preset = preset | dict(max_new_tokens=12 * n if kind == "countdown" else 8 + 10 * n)
     for f in fields(args):
         if getattr(args, f.name) is None and f.name in preset:
             setattr(args, f.name, preset[f.name])
@@ -117,6 +131,10 @@ def resolve(args):
                          ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
         if getattr(args, field, least) < least:
             raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
+    for field in ("lr", "weight_decay", "max_grad_norm", "beta", "lora_rank", "eval_every", "checkpoint_every", "tis_cap"):
+        value = getattr(args, field, 0)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{field.replace('_', '-')} must be a number of at least 0, is {value}")
     for field, hint in typing.get_type_hints(type(args)).items():
         literal = next((h for h in (hint, *typing.get_args(hint)) if typing.get_origin(h) is typing.Literal), None)
         if literal and getattr(args, field) not in (words := typing.get_args(literal)):
@@ -171,7 +189,7 @@ def tiny_config(vocab_size=None):
 
 
 # First the careful way alone, until the model can do it; then the mixture, so that it has the habit of guessing.
-WARM_START = dict(steps=600, careful_steps=420, batch=64, lr=5e-3, seed=0, version=1)
+WARM_START = dict(steps=600, careful_steps=420, batch=64, lr=5e-3, seed=0, version=2)
 
 
 def warm_start(task_name, cache=None):
@@ -185,14 +203,19 @@ def warm_start(task_name, cache=None):
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:10]
     cache = Path(cache or os.environ.get("TOKENPO_CACHE") or ROOT / "runs" / "cache")
     folder = cache / f"tiny-{task_name.replace(':', '-').replace('/', '-')}-{key}"
+    if (folder / "model.safetensors").exists():
+        return str(folder)
+    tokenizer = tiny_tokenizer()
+    task = tasks.load(task_name, tokenizer)  # before the lock: a name that is wrong leaves nothing behind
+    if task.demonstrate is None:
+        raise UserError(f"the tiny model needs a task with demonstrations (addition, countdown); {task.name} has none")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "model.safetensors").exists():
-                tokenizer = tiny_tokenizer()
                 scratch = Path(f"{folder}.tmp")
                 shutil.rmtree(scratch, ignore_errors=True)
-                _supervise(tasks.load(task_name, tokenizer), tokenizer).save_pretrained(scratch)
+                _supervise(task, tokenizer).save_pretrained(scratch)
                 tokenizer.save_pretrained(scratch)
                 os.rename(scratch, folder)
     except OSError as error:
@@ -205,8 +228,6 @@ def _supervise(task, tokenizer):
     from tqdm import tqdm
     from transformers import Qwen2ForCausalLM
 
-    if task.demonstrate is None:
-        raise UserError(f"the tiny model needs a task with demonstrations (addition, countdown); {task.name} has none")
     rng = random.Random(WARM_START["seed"])
     with torch.random.fork_rng():
         torch.manual_seed(WARM_START["seed"])
@@ -327,6 +348,11 @@ def load(args, device, trainable=True):
 def check_context(config, task, args):
     """Positions that the longest prompt and completion need. Raises UserError where the model has fewer."""
     longest = max(task.train + task.test, key=lambda e: len(e.ids))
+    empty = next((e for e in task.train + task.test if not e.ids), None)
+    if empty:
+        raise UserError(
+            f"model {args.model}: its tokenizer makes no tokens of the prompt {empty.prompt[:40]!r} of task {task.name}"
+        )
     context = len(longest.ids) + args.max_new_tokens
     if context > config.max_position_embeddings:
         raise UserError(

@@ -205,7 +205,7 @@ def summary(batch):
     that it should have had: weights that did not reach the engine, or another temperature."""
     gap = ((batch.old_logp - batch.sampler_logp).abs() * batch.mask).double().sum().item()
     gap = gpu.total(gap) / max(1, gpu.total(int(batch.mask.sum())))
-    if not gap < 0.5:
+    if gap > 0.5:  # NaN passes: Run.finite has a clearer word for it
         raise UserError(
             f"the sampler's log-probs are {gap:.2f} nat per token away from the policy's: its weights are not in step "
             "(--engine hf rules the engine out)"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, gpu, models
+from common import UserError, gpu, models, rollout
 
 MAY_CHANGE = ("resume", "run_dir", "steps", "eval_every", "checkpoint_every", "engine", "vllm_memory", "micro_batch_tokens")
 
@@ -34,10 +34,11 @@ def prepare(script, args):
 def inherit(script, args):
     """A resumed run keeps its settings: fields left at their defaults come from its config.json; one that is given and
     differs is refused, unless it is in MAY_CHANGE."""
-    path = Path(args.resume) / "config.json"
+    path = _config(Path(args.resume))
     try:
         before = json.loads(path.read_text())
-    except (OSError, ValueError):
+        before["script"], before["args"]
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"--resume {args.resume}: no run there ({path} cannot be read)") from None
     if before["script"] != script:
         raise UserError(f"--resume {args.resume}: that is a run of {before['script']}.py, not of {script}.py")
@@ -49,6 +50,12 @@ def inherit(script, args):
             flag = f.name.replace("_", "-")
             raise UserError(f"--resume {args.resume}: --{flag} is {old} there, not {given}; a resumed run keeps its settings")
     return args
+
+
+def _config(folder):
+    """The settings that hold: those of the last resume, or those of the start."""
+    resumed = [p for p in folder.glob("config-resumed-*.json") if re.fullmatch(r"config-resumed-\d+", p.stem)]
+    return max(resumed, key=lambda p: int(p.stem.rpartition("-")[2]), default=folder / "config.json")
 
 
 class Meter:
@@ -108,15 +115,14 @@ class Run:
         self.found = self._open_checkpoint() if args.resume else None
         if self.main:
             self._write_config(config)
-            if self.found:
-                self._rewind(self.found[1]["step"])
+            self._rewind(self.found[1]["step"] if self.found else -1)
+            start = self.found[1]["step"] if self.found else 0
             self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
             self.samples = open(self.dir / "samples.jsonl", "a", encoding="utf-8")
-            self.board = SummaryWriter(str(self.dir), purge_step=self.found[1]["step"] + 1 if self.found else None)
+            self.board = SummaryWriter(str(self.dir), purge_step=start + bool(start) if args.resume else None)
             if args.model != "tiny":
                 print(gpu.explain_plan(config, args, models.count_parameters(config), context), flush=True)
             print(f"run folder {self.dir}", flush=True)
-            start = self.found[1]["step"] if self.found else 0
             self.bar = tqdm(total=args.steps, initial=start, desc=self.name, disable=None, dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
@@ -128,16 +134,16 @@ class Run:
 
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            if not self.args.resume and (self.dir / "metrics.jsonl").exists():
+            metrics = self.dir / "metrics.jsonl"
+            if not self.args.resume and metrics.exists() and metrics.stat().st_size:
                 raise UserError(f"--run-dir {self.dir} already holds a run; continue it with --resume {self.dir}")
-            git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=models.ROOT, capture_output=True, text=True)
             record = dict(
-                script=self.name, args=dataclasses.asdict(self.args), git_commit=git.stdout.strip() or None,
+                script=self.name, args=dataclasses.asdict(self.args), git_commit=_commit(),
                 model_config=config.to_diff_dict(), world_size=gpu.world(), device=str(gpu.device()),
                 versions=dict(python=sys.version.split()[0], torch=torch.__version__,
                               transformers=transformers.__version__),
             )  # fmt: skip
-            name = "config.json" if not self.args.resume else f"config-resumed-{self.found[1]['step']}.json"
+            name = f"config-resumed-{self.found[1]['step']}.json" if self.found else "config.json"
             (self.dir / name).write_text(json.dumps(record, indent=1, default=str) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.dir}: {error.strerror or error}") from None
@@ -183,7 +189,8 @@ class Run:
         self.times = {}
         if not self.main:
             return
-        self.metrics.write(json.dumps(metrics) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        self.metrics.write(json.dumps(finite) + "\n")
         self.metrics.flush()
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "step":
@@ -223,6 +230,8 @@ class Run:
             self.bar.write(f"  step {step:>4}  greedy accuracy {accuracy:.3f} on {n:,} held-out prompts")
 
     def start_step(self):
+        """Randomness outside the rollout (stochastic rounding, dropout) is a function of (seed, step, rank), too."""
+        torch.manual_seed(rollout.hash_seed(self.args.seed, self.state["step"], gpu.rank(), 11))
         self.clock, self.times = time.perf_counter(), {}
 
     def finite(self, *numbers):
@@ -239,6 +248,9 @@ class Run:
 
     def finish(self, accuracy, n):
         if self.main:
+            before = (self.dir / "evals.jsonl").read_text().splitlines()
+            if json.loads(before[-1])["step"] < self.state["step"]:  # else a run that had ended was resumed
+                self.evaluated(accuracy, n)
             self.bar.close(), self.board.close(), self.metrics.close(), self.samples.close()
             print(f"greedy accuracy {self.state['accuracy_before']:.2f} -> {accuracy:.2f} on {n} held-out prompts", flush=True)
 
@@ -273,18 +285,23 @@ class Run:
                 handle = os.open(path, os.O_RDONLY)
                 os.fsync(handle), os.close(handle)
             os.rename(scratch, folder)
-        except OSError as error:
-            raise UserError(f"cannot write the checkpoint {folder}: {error.strerror or error}") from None
+        except Exception as error:  # torch, safetensors and tokenizers have errors of their own for a full disk
+            shutil.rmtree(scratch, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot write the checkpoint {folder}: {reason}") from None
         for old in self._checkpoints()[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _checkpoints(self):
-        return sorted(p for p in (self.dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+        found = [p for p in (self.dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
     def _open_checkpoint(self):
         """The newest whole checkpoint: (folder, state, manifest)."""
         if not self._checkpoints():
-            raise UserError(f"--resume {self.dir}: it has no checkpoint yet; start it again")
+            if self.main:
+                print(f"{self.dir} has no checkpoint yet: starting from the first step", flush=True)
+            return None
         for folder in reversed(self._checkpoints()):
             try:
                 manifest = json.loads((folder / "manifest.json").read_text())
@@ -327,6 +344,9 @@ class Run:
             self.queue = [b.groups(gpu.local(torch.arange(len(b.reward)))) for b in joined]
         self.found = self.found[:3]
         if self.main:
+            for newer in self._checkpoints():
+                if int(newer.name[5:]) > int(folder.name[5:]):  # damaged: its step is run and saved again
+                    shutil.rmtree(newer, ignore_errors=True)
             print(f"resumed from {folder}", flush=True)
 
     def _rewind(self, step):
@@ -345,6 +365,15 @@ class Run:
                 scratch = path.with_suffix(".tmp")
                 scratch.write_text("".join(kept), encoding="utf-8")
                 os.replace(scratch, path)
+
+
+def _commit():
+    """The repository's commit, or None where there is no git or no repository."""
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=models.ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def whole(module, containing=""):

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -146,15 +147,19 @@ def demonstrate_countdown(rng, example, careful=0.3):
 
 def countdown(count=3, n_test=512):
     """Reach the target with every given number exactly once, by + - and *."""
-    rng, examples, seen = random.Random(0), [], set()
-    while len(examples) < 4096 + n_test:
-        numbers = [rng.randint(1, 9) for _ in range(count)]
-        target = rng.choice(list(_expressions(numbers)))[1]
-        key = f"{' '.join(map(str, sorted(numbers)))}={target}"
-        if 0 <= target < 100 and (key, tuple(numbers)) not in seen:
-            seen.add((key, tuple(numbers)))
-            given = " ".join(map(str, numbers))
-            examples.append(Example(len(examples), f"{given}={target}?", f"{given}={target}"))
+    problems = [
+        (numbers, target)
+        for numbers in itertools.combinations_with_replacement(range(1, 10), count)
+        for target in sorted({value for _, value in _expressions(numbers)})
+        if 0 <= target < 100
+    ]
+    rng = random.Random(0)
+    rng.shuffle(problems)  # whole problems are held out: another order of the numbers is no other problem
+    n_test = min(n_test, len(problems) // 4)
+    orders = [(rng.sample(n, count), t) for n, t in problems[:n_test]]
+    orders += [(n, t) for numbers, t in problems[n_test:] for n in sorted(set(itertools.permutations(numbers)))]
+    texts = [f"{' '.join(map(str, numbers))}={target}" for numbers, target in orders]
+    examples = [Example(i, f"{text}?", text) for i, text in enumerate(texts)]
     return Task(f"countdown:{count}", examples[n_test:], examples[:n_test], check_countdown, True, demonstrate_countdown)
 
 
@@ -163,7 +168,7 @@ def countdown(count=3, n_test=512):
 
 def _pair(row, where):
     for prompt, answer in (("prompt", "answer"), ("question", "answer"), ("problem", "solution")):
-        if prompt in row and answer in row:
+        if row.get(prompt) is not None and row.get(answer) is not None:
             return str(row[prompt]), str(row[answer])
     raise UserError(f"{where}: needs the fields prompt and answer (or question and answer), has {sorted(row)}")
 
@@ -257,8 +262,10 @@ def load(name, tokenizer=None, prompt_template=None):
     Raises UserError on an unknown name, with the nearest ones."""
     kind, _, option = name.partition(":")
     if kind in SYNTHETIC:
-        if option and not option.isdigit() or option == "0":
+        if option and not (option.isascii() and option.isdigit() and int(option)):
             raise UserError(f"task {name}: {option!r} is not a positive number")
+        if kind == "countdown" and option not in ("", "2", "3", "4"):
+            raise UserError(f"task {name}: 2, 3 or 4 numbers (one is no problem; for five there are too many ways to list)")
         task = {"addition": addition, "countdown": countdown}[kind](*([int(option)] if option else []))
     elif kind == "reasoning_gym":
         task = reasoning_gym(option)
@@ -279,9 +286,9 @@ def encode(task, tokenizer, prompt_template=None):
     """Fills in `ids` of every example. `prompt_template` is a Python format string with the one field {prompt}."""
     template = prompt_template or task.template
     try:
+        if {name for _, name, _, _ in string.Formatter().parse(template)} - {None} != {"prompt"}:
+            raise ValueError(repr(template))
         texts = [template.format(prompt=e.prompt) for e in task.train + task.test]
-        if "{prompt}" not in template:
-            raise KeyError("{prompt} is missing")
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--prompt-template needs the field {{prompt}} and no other ({error})") from None
     if tokenizer.chat_template:

@@ -272,6 +272,29 @@ def test_asked_to_stop_in_the_last_step(whole, tmp_path):
     assert resumed_or_done.out.splitlines()[-1] == whole[1].stdout.splitlines()[-1]
 
 
+def noisy():
+    """Stands for stochastic rounding and dropout: every update draws from torch's own generator."""
+    from common import gpu
+
+    real = gpu.clip_gradients
+
+    def clip(policy, max_norm):
+        for p in policy.parameters():
+            p.grad += 1e-3 * torch.randn_like(p)
+        return real(policy, max_norm)
+
+    gpu.clip_gradients = clip
+
+
+def test_resumed_with_randomness_in_the_update(whole, tmp_path):
+    assert run(tmp_path, *SMALL, "--run-dir", tmp_path / "run", before=noisy).code == 0
+    expected = outcome(tmp_path / "run")
+    assert expected.weights != whole[2].weights
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    assert run(tmp_path, "--resume", tmp_path / "run", before=noisy).code == 0
+    same(outcome(tmp_path / "run"), expected)
+
+
 # ---------------------------------------------------------------- damaged checkpoints
 
 
