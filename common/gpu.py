@@ -26,6 +26,11 @@ def device():
     return torch.device("cpu")
 
 
+def cores():
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def init(args):
     """Joins the process group that torchrun made, if any (nccl on GPUs, gloo on CPUs), and seeds torch. Returns the device.
     The CPU's cores are shared out among the local processes. Every wait has a deadline of ten minutes."""
@@ -35,8 +40,8 @@ def init(args):
             torch.cuda.set_device(device())
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if not torch.cuda.is_available():  # the tiny model's matrices are too small to share out: threads would only wait
+        torch.set_num_threads(1 if args.model == "tiny" else max(1, cores() // local))
     torch.manual_seed(args.seed)
     if args.prompts_per_step % world():
         raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be shared evenly by {world()} processes")
