@@ -65,7 +65,7 @@ def test_two_ranks_are_one_process(tmp_path):
 def test_prompts_that_cannot_be_shared_evenly(monkeypatch):
     monkeypatch.setattr(gpu, "world", lambda: 3)
     with pytest.raises(UserError, match="cannot be shared evenly by 3"):
-        gpu.init(SimpleNamespace(seed=0, prompts_per_step=8))
+        gpu.init(SimpleNamespace(model="tiny", seed=0, prompts_per_step=8))
 
 
 # ---------------------------------------------------------------- memory plan
