@@ -123,10 +123,10 @@ def table(summaries):
 
 
 def main(options, extra):
-    known = {p.stem for p in (ROOT / "algos").glob("*.py")} - {"__init__"}
+    known = {p.stem for p in (ROOT / "algos").glob("*.py") if "\ndef surrogate(" in p.read_text()}
     for script in options.scripts:
         if script not in known:
-            raise UserError(f"no algos/{script}.py; there are: {', '.join(sorted(known))}")
+            raise UserError(f"no online script algos/{script}.py; there are: {', '.join(sorted(known))}")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [set(cores[i :: options.jobs]) if options.jobs > 1 and cores else None for i in range(options.jobs)]
     todo = [(script, seed) for script in options.scripts for seed in range(1, options.seeds + 1)]

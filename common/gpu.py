@@ -43,8 +43,10 @@ def init(args):
     if not torch.cuda.is_available():  # the tiny model's matrices are too small to share out: threads would only wait
         torch.set_num_threads(1 if args.model == "tiny" else max(1, cores() // local))
     torch.manual_seed(args.seed)
-    if args.prompts_per_step % world():
-        raise UserError(f"--prompts-per-step {args.prompts_per_step} cannot be shared evenly by {world()} processes")
+    share = "pairs_per_step" if hasattr(args, "pairs_per_step") else "prompts_per_step"
+    if getattr(args, share) % world():
+        flag = share.replace("_", "-")
+        raise UserError(f"--{flag} {getattr(args, share)} cannot be shared evenly by {world()} processes")
     return device()
 
 
@@ -213,11 +215,13 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
         "activations": (H * size * tokens * L + per_layer) if args.gradient_checkpointing else per_layer * L,
         "logits chunk": 3 * 1024 * V * 4 + 1024 * V * size,
     }
-    if args.beta > 0:
+    pairs = hasattr(args, "pairs_per_step")
+    frozen = args.ref == "live" if pairs else args.beta > 0  # a reference in memory
+    if frozen:
         plan["reference"] = n_parameters * size / ranks
     if hasattr(args, "value_lr"):  # a critic of the policy's size, with states of its own
         plan["critic"] = plan["weights"] + plan["gradients"] + plan["optimizer"]
-    length, rows = context, args.prompts_per_step * args.group_size / ranks
+    length, rows = context, (4 * args.eval_prompts if pairs else args.prompts_per_step * args.group_size) / ranks
     cache = 2 * L * config.num_key_value_heads * head * size
     if args.engine == "hf" or not torch.cuda.is_available():
         plan["KV cache"] = cache * length * min(rows, 1024)
@@ -230,7 +234,7 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
             capacity = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     plan["needed"] = sum(plan.values())
     if args.engine != "hf" and torch.cuda.is_available():  # vLLM sleeps during updates, so the two phases do not add up
-        sampling = n_parameters * size / ranks * (2 if args.beta > 0 else 1) + trained * state / ranks
+        sampling = n_parameters * size / ranks * (2 if frozen else 1) + trained * state / ranks
         plan["vLLM (while sampling)"] = args.vllm_memory * capacity
         plan["needed"] = max(plan["needed"], sampling + args.vllm_memory * capacity)
     plan["capacity"] = capacity

@@ -58,6 +58,10 @@ REAL = dict(
     eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
     micro_batch_tokens=32768,
 )  # fmt: skip
+# The same for scripts that learn from pairs (those with the field pairs_per_step), on top of the above. 5e-7: DPO's repository.
+TINY_PAIRS = dict(data="letters", steps=150, pairs_per_step=48, lr=1e-4, max_new_tokens=12, checkpoint_every=50)
+REAL_PAIRS = dict(data="trl-lib/ultrafeedback_binarized", steps=900, pairs_per_step=64, lr=5e-7, eval_every=300,
+                  checkpoint_every=300)  # fmt: skip
 PRESETS = {
     1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False),
     4.0: REAL,
@@ -118,6 +122,8 @@ def resolve(args):
         )
     billions = sum(p.numel() for p in lm.parameters()) / 1e9
     preset = TINY if name == "tiny" else next(p for limit, p in PRESETS.items() if billions <= limit)
+    if hasattr(args, "pairs_per_step"):
+        preset = preset | (TINY_PAIRS if name == "tiny" else REAL_PAIRS)
     if preset["optimizer"] == "adamw_8bit" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         preset = preset | dict(optimizer="adamw_sr")  # sharded states need no 8 bits, and torchao's cannot be sharded
     if name == "tiny" and hasattr(args, "task"):  # what the careful way takes, and some room
@@ -127,8 +133,8 @@ def resolve(args):
     for f in fields(args):
         if getattr(args, f.name) is None and f.name in preset:
             setattr(args, f.name, preset[f.name])
-    for field, least in (("steps", 0), ("prompts_per_step", 1), ("group_size", 1), ("minibatches", 1), ("epochs", 1),
-                         ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
+    for field, least in (("steps", 0), ("prompts_per_step", 1), ("pairs_per_step", 1), ("group_size", 1), ("minibatches", 1),
+                         ("epochs", 1), ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
         if getattr(args, field, least) < least:
             raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
     for field in ("lr", "weight_decay", "max_grad_norm", "beta", "lora_rank", "eval_every", "checkpoint_every", "tis_cap"):
@@ -145,7 +151,7 @@ def resolve(args):
             "--optimizer adamw would round nearly every update of bfloat16 weights away (a step of 1e-6 is far below "
             "a weight's last bit); use adamw_sr (stochastic rounding), adamw_8bit, or --dtype float32"
         )
-    if not args.temperature > 0:
+    if not getattr(args, "temperature", 1) > 0:
         raise UserError(f"--temperature must be above 0, is {args.temperature}: a greedy policy has nothing to learn from")
     return args, config
 
@@ -190,6 +196,7 @@ def tiny_config(vocab_size=None):
 
 # First the careful way alone, until the model can do it; then the mixture, so that it has the habit of guessing.
 WARM_START = dict(steps=600, careful_steps=420, batch=64, lr=5e-3, seed=0, version=2)
+LONGER = dict(chain=dict(steps=1500, careful_steps=1200))  # after 600 steps its sums are still guesses
 
 
 def warm_start(task_name, cache=None):
@@ -199,7 +206,8 @@ def warm_start(task_name, cache=None):
 
     from common import tasks
 
-    recipe = WARM_START | dict(task=task_name, config=tiny_config().to_dict(), torch=torch.__version__)
+    recipe = WARM_START | LONGER.get(task_name, {})
+    recipe |= dict(task=task_name, config=tiny_config().to_dict(), torch=torch.__version__)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:10]
     cache = Path(cache or os.environ.get("TOKENPO_CACHE") or ROOT / "runs" / "cache")
     folder = cache / f"tiny-{task_name.replace(':', '-').replace('/', '-')}-{key}"
@@ -215,7 +223,7 @@ def warm_start(task_name, cache=None):
             if not (folder / "model.safetensors").exists():
                 scratch = Path(f"{folder}.tmp")
                 shutil.rmtree(scratch, ignore_errors=True)
-                _supervise(task, tokenizer).save_pretrained(scratch)
+                _supervise(task, tokenizer, recipe).save_pretrained(scratch)
                 tokenizer.save_pretrained(scratch)
                 os.rename(scratch, folder)
     except OSError as error:
@@ -223,21 +231,21 @@ def warm_start(task_name, cache=None):
     return str(folder)
 
 
-def _supervise(task, tokenizer):
+def _supervise(task, tokenizer, recipe):
     """Next-token training of a fresh tiny model on demonstrations, completions only."""
     from tqdm import tqdm
     from transformers import Qwen2ForCausalLM
 
-    rng = random.Random(WARM_START["seed"])
+    rng = random.Random(recipe["seed"])
     with torch.random.fork_rng():
-        torch.manual_seed(WARM_START["seed"])
+        torch.manual_seed(recipe["seed"])
         model = Qwen2ForCausalLM(tiny_config())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START["lr"], betas=(0.9, 0.98))
-    steps = WARM_START["steps"]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_START["lr"], total_steps=steps, pct_start=0.2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98))
+    steps = recipe["steps"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.2)
     for step in tqdm(range(steps), desc="warm start (once, then cached)", disable=None, leave=False):
-        rows = rng.choices(task.train, k=WARM_START["batch"])
-        careful = 1.0 if step < WARM_START["careful_steps"] else 0.3
+        rows = rng.choices(task.train, k=recipe["batch"])
+        careful = 1.0 if step < recipe["careful_steps"] else 0.3
         done = tokenizer([task.demonstrate(rng, e, careful) for e in rows])["input_ids"]
         sequences = [e.ids + d + [tokenizer.eos_token_id] for e, d in zip(rows, done)]
         width = max(map(len, sequences))
@@ -314,7 +322,15 @@ def load_tokenizer(args):
 
 
 def _folder(args):
-    return warm_start(args.task) if args.model == "tiny" else locate(args.model)
+    from common import games
+
+    if args.model != "tiny":
+        return locate(args.model)
+    if hasattr(args, "data") and args.data not in games.GAMES:
+        raise UserError(
+            f"the tiny model is warm-started on built-in data ({', '.join(games.GAMES)}); for {args.data} give --model"
+        )
+    return warm_start(args.data if hasattr(args, "data") else args.task)
 
 
 def end_tokens(lm, tokenizer):

@@ -117,6 +117,9 @@ class Run:
             self._write_config(config)
             self._rewind(self.found[1]["step"] if self.found else -1)
             start = self.found[1]["step"] if self.found else 0
+            evals = self.dir / "evals.jsonl"
+            rows = evals.read_text(encoding="utf-8").splitlines() if evals.exists() else []
+            self.measured_at = max((json.loads(row)["step"] for row in rows), default=-1)
             self.metrics = open(self.dir / "metrics.jsonl", "a", encoding="utf-8")
             self.samples = open(self.dir / "samples.jsonl", "a", encoding="utf-8")
             self.board = SummaryWriter(str(self.dir), purge_step=start + bool(start) if args.resume else None)
@@ -180,12 +183,21 @@ class Run:
     def log(self, metrics, batch):
         """One line of metrics for the step just done, the bar, a few samples. `metrics` are plain numbers."""
         rollout_tokens, t = int(gpu.total(int(batch.mask.sum()))), self.times
-        metrics = dict(step=self.state["step"], **metrics, tokens=rollout_tokens, skipped_updates=self.state["skipped"])
-        seconds = sum(t.values())
-        metrics |= {f"time/{k}": v for k, v in t.items()} | {"time/step": seconds}
-        metrics["time/tokens_per_s"] = rollout_tokens / max(seconds, 1e-9)
         metrics["time/rollout_tokens_per_s"] = rollout_tokens / max(t.get("rollout", 0.0), 1e-9)
         metrics["time/update_tokens_per_s"] = rollout_tokens * self.args.epochs / max(t.get("update", 0.0), 1e-9)
+        self.write(metrics, rollout_tokens, dict(reward="reward", accuracy="acc", length="len", entropy="H"))
+        if self.main:
+            self._show(batch)
+
+    def write(self, metrics, tokens, keys):
+        """The metrics of the step just done and its timing to file and TensorBoard, and to the bar those that are named in
+        `keys` {metric: its short name}. `tokens`: trained on, of all ranks."""
+        metrics, t = dict(metrics), self.times
+        times = {k: metrics.pop(k) for k in [k for k in metrics if k.startswith("time/")]}
+        metrics = dict(step=self.state["step"], **metrics, tokens=tokens, skipped_updates=self.state["skipped"])
+        seconds = sum(t.values())
+        metrics |= {f"time/{k}": v for k, v in t.items()} | {"time/step": seconds}
+        metrics |= {"time/tokens_per_s": tokens / max(seconds, 1e-9)} | times
         self.times = {}
         if not self.main:
             return
@@ -195,15 +207,19 @@ class Run:
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
-        keys = dict(reward="reward", accuracy="acc", length="len", entropy="H")
         text = " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items())
         text += f" {metrics['time/tokens_per_s']:,.0f} tok/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(1)
-        self._show(batch, text)
+        if self._now_and_then():
+            self.bar.write(f"  step {self.state['step']:>4}  {text}")
 
-    def _show(self, batch, text, n=2):
-        """The first prompt's completions into samples.jsonl; six times a run, the state and n of them on the terminal."""
+    def _now_and_then(self):
+        """Six times a run."""
+        return (self.state["step"] - 1) % max(1, self.args.steps // 6) == 0
+
+    def _show(self, batch, n=2):
+        """The first prompt's completions into samples.jsonl; now and then n of them on the terminal."""
         rows = [
             dict(step=self.state["step"], prompt_id=int(batch.prompt_id[i]), completion=batch.texts[i],
                  answer=batch.answers[i], reward=batch.reward.flatten()[i].item(), truncated=bool(batch.truncated[i]))
@@ -211,8 +227,7 @@ class Run:
         ]  # fmt: skip
         self.samples.write("".join(json.dumps(r) + "\n" for r in rows))
         self.samples.flush()
-        if (self.state["step"] - 1) % max(1, self.args.steps // 6) == 0:
-            self.bar.write(f"  step {self.state['step']:>4}  {text}")
+        if self._now_and_then():
             for r in rows[:n]:
                 sample = r["completion"]
                 sample = sample if len(sample) < 300 else f"{sample[:140]} ... {sample[-140:]}"
@@ -220,14 +235,22 @@ class Run:
 
     def evaluated(self, accuracy, n):
         """Records a greedy evaluation on n held-out prompts."""
-        step = self.state["step"]
         if self.state["accuracy_before"] is None:
             self.state["accuracy_before"] = accuracy
-        if self.main:
+        text = f"greedy accuracy {accuracy:.3f} on {n:,} held-out prompts"
+        self.measured(dict(greedy_accuracy=accuracy, prompts=n), text)
+
+    def measured(self, values, text):
+        """Records numbers that are measured now and then, not in every step; of a step that has none yet."""
+        step = self.state["step"]
+        if self.main and step > self.measured_at:
+            self.measured_at = step
             with open(self.dir / "evals.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(step=step, greedy_accuracy=accuracy, prompts=n)) + "\n")
-            self.board.add_scalar("greedy_accuracy", accuracy, step)
-            self.bar.write(f"  step {step:>4}  greedy accuracy {accuracy:.3f} on {n:,} held-out prompts")
+                file.write(json.dumps(dict(step=step, **values)) + "\n")
+            for name, value in values.items():
+                if name != "prompts":
+                    self.board.add_scalar(name, value, step)
+            self.bar.write(f"  step {step:>4}  {text}")
 
     def start_step(self):
         """Randomness outside the rollout (stochastic rounding, dropout) is a function of (seed, step, rank), too."""
@@ -247,12 +270,14 @@ class Run:
         return good
 
     def finish(self, accuracy, n):
+        self.evaluated(accuracy, n)
+        self.end(f"greedy accuracy {self.state['accuracy_before']:.2f} -> {accuracy:.2f} on {n} held-out prompts")
+
+    def end(self, sentence):
+        """Closes the run with its last line."""
         if self.main:
-            before = (self.dir / "evals.jsonl").read_text().splitlines()
-            if json.loads(before[-1])["step"] < self.state["step"]:  # else a run that had ended was resumed
-                self.evaluated(accuracy, n)
             self.bar.close(), self.board.close(), self.metrics.close(), self.samples.close()
-            print(f"greedy accuracy {self.state['accuracy_before']:.2f} -> {accuracy:.2f} on {n} held-out prompts", flush=True)
+            print(sentence, flush=True)
 
     # ---- checkpoints
 

@@ -260,8 +260,12 @@ def load(name, tokenizer=None, prompt_template=None):
     """The task called `name`: addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file.
     With a tokenizer, every prompt gets its token ids, through the chat template where the tokenizer has one.
     Raises UserError on an unknown name, with the nearest ones."""
+    from common import games
+
     kind, _, option = name.partition(":")
-    if kind in SYNTHETIC:
+    if name in games.GAMES:
+        task = games.task(name)
+    elif kind in SYNTHETIC:
         if option and not (option.isascii() and option.isdigit() and int(option)):
             raise UserError(f"task {name}: {option!r} is not a positive number")
         if kind == "countdown" and option not in ("", "2", "3", "4"):

@@ -20,10 +20,10 @@ SMALL = (
 ).split()
 
 
-def launch(ranks, *arguments):
+def launch(ranks, *arguments, script="algos/grpo.py"):
     one = [sys.executable]
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*(one if ranks == 1 else many), "algos/grpo.py", *map(str, arguments)]
+    command = [*(one if ranks == 1 else many), script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

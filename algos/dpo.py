@@ -1,0 +1,176 @@
+"""DPO: Direct Preference Optimization. Rafailov et al., arXiv 2305.18290 (2023).
+
+Idea: the policy that maximises a reward minus beta times its KL to a reference is known in closed form, so a reward can be
+written as the log-ratio of that policy to the reference. Put into the Bradley-Terry model of preferences, reward model and
+reinforcement learning become one classification loss on pairs: the chosen response is to gain more on the reference than the
+rejected one. No sampling, no reward model, no critic.
+
+Objective, to be minimised (Eq. 7), y_w the chosen and y_l the rejected response:
+    L = mean over pairs of -log sigmoid(beta z),   z = D(y_w) - D(y_l),   D(y) = sum_t log pi(y_t) - log pi_ref(y_t)
+    with --loss hinge (SLiC, arXiv 2305.10425): max(0, 1 - beta z);  ipo (arXiv 2310.12036, Eq. 17): (z - 1 / (2 beta))^2
+
+Base: this is the script that every preference method is diffed against.
+Costs: a forward pass of the frozen reference over the data, once; its log-probs then lie in a memory-mapped file.
+Run:   python algos/dpo.py                                               tiny model, CPU, about a minute
+       python algos/dpo.py --model qwen2.5-1.5b-instruct --beta 0.1      UltraFeedback on one GPU
+       torchrun --nproc-per-node 8 algos/dpo.py --model qwen2.5-7b-instruct --data pairs.jsonl
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    data: str | None = None
+    """letters, chain, record (built in, with a gold reward), a .jsonl file with prompt, chosen, rejected, or a hub id"""
+    seed: int = 1
+    """of the pairs' order and the evaluation's samples"""
+    steps: int | None = None
+    """updates in all; None here and below: the preset of the model"""
+    pairs_per_step: int | None = None
+    """pairs in one update, over all processes"""
+    ref: Literal["cached", "live"] = "cached"
+    """log-probs of the reference: computed once and kept in the run folder, or by a frozen model in every step"""
+    lr: float | None = None
+    """AdamW's rate, constant"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    max_new_tokens: int | None = None
+    """longest response: of the pairs (a longer one is cut) and of the evaluation's samples"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples for the evaluation: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    eval_every: int | None = None
+    """steps between evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out pairs, at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """padded tokens in one forward pass of the trainer"""
+
+    # DPO
+    beta: float = 0.3
+    """how strongly the KL to the reference is held (paper: 0.1 to 0.5; TRL: 0.1, with which the tiny model leaves its data)"""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """of the margin beta z"""
+    label_smoothing: float = 0.0
+    """share of the pairs whose label is taken to be wrong (conservative DPO)"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def pair_loss(logp, ref_logp, mask, args):
+    """[2B, T] each, the B chosen rows first -> (loss per pair [B], to be minimised, stats per pair [B])."""
+    log_ratio = (logp - ref_logp).masked_fill(~mask, 0.0)
+    chosen, rejected = log_ratio.sum(1).chunk(2)  # a sum: a mean would make beta T times weaker
+    z = chosen - rejected
+
+    def loss(z):
+        if args.loss == "hinge":
+            return torch.relu(1 - args.beta * z)
+        if args.loss == "ipo":
+            return (z - 1 / (2 * args.beta)).square()
+        return -torch.nn.functional.logsigmoid(args.beta * z)
+
+    losses = (1 - args.label_smoothing) * loss(z) + args.label_smoothing * loss(-z)
+    return losses, dict(chosen_ratio=chosen, rejected_ratio=rejected, margin=z, reward_accuracy=(z > 0).float())
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import gpu, judge, models, preferences, rollout, runlog
+
+    args, config, device = runlog.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    data = preferences.load(args, config, tokenizer)
+    context = preferences.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context)
+    policy = gpu.shard(models.load(args, device))
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine.sleep()
+
+    # The reference is the start: all its log-probs now, or the model itself beside the policy.
+    def frozen():
+        return gpu.shard(models.load(args, device, trainable=False))
+
+    reference = frozen() if args.ref == "live" else None
+    if args.ref == "cached":
+        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
+    if "before" not in run.state:
+        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+
+    while run.state["step"] < args.steps:
+        step = run.state["step"]
+        run.start_step()
+
+        # Update: one pass over the step's pairs, of which every process has its share.
+        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = runlog.Meter(), 0.0, 0
+        for mb in preferences.micro_batches(pairs, data, args):
+            logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
+            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            losses, stats = pair_loss(logp, ref_logp, mb.mask, args)
+            micro_loss = (losses * mb.weights).sum()
+            micro_loss.backward()
+            loss += micro_loss.item()
+            tokens += int(mb.mask[mb.real.repeat(2)].sum())
+            meter.add(stats, mb.real)
+            meter.add(dict(entropy=entropy), mb.mask & mb.real.repeat(2)[:, None])
+        grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+        if run.finite(gpu.total(loss), grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        run.timed("update")
+
+        run.state["step"] = step + 1
+        run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            engine.sync()
+            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+            run.save(policy, optimizer)
+        if run.stopping(policy, optimizer):
+            break
+    else:
+        engine.sync()
+        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        run.save(policy, optimizer)
+        run.end(judge.sentence(run.state["before"], after))
+    engine.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))

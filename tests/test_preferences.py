@@ -1,0 +1,258 @@
+"""Preference data: every schema that the hub uses, every mistake in a file, batches, the cache, and the built-in games."""
+
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from algos import dpo
+from common import UserError, games, gpu, judge, models, preferences
+from tests.helpers import ROOT, run, user_error
+
+TOKENIZER, CONFIG = models.tiny_tokenizer(), models.tiny_config()
+
+
+def user(text):
+    return dict(role="user", content=text)
+
+
+def assistant(text):
+    return dict(role="assistant", content=text)
+
+
+def load(path, **changes):
+    args = dpo.Args(data=str(path), **dict(max_new_tokens=12) | changes)
+    return preferences.load(args, CONFIG, TOKENIZER)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        dict(prompt="hi", chosen="yes", rejected="no"),
+        dict(prompt=[user("hi")], chosen="yes", rejected="no"),
+        dict(prompt=[user("hi")], chosen=[assistant("yes")], rejected=[assistant("no")]),
+        dict(prompt="hi", chosen=[assistant("yes")], rejected=[assistant("no")]),
+        dict(chosen=[user("hi"), assistant("yes")], rejected=[user("hi"), assistant("no")]),
+        dict(prompt="hi", chosen=[user("hi"), assistant("yes")], rejected=[user("hi"), assistant("no")], score=1),
+        dict(prompt=[user("hi")], chosen=[user("hi"), assistant("yes")], rejected=[user("hi"), assistant("no")]),
+    ],
+)
+def test_every_schema_is_the_same_pair(row):
+    prompt, chosen, rejected = preferences._row(row, "here")
+    assert (chosen, rejected) == ("yes", "no") and prompt in ("hi", [user("hi")])
+    assert TOKENIZER.decode(preferences._prompt_ids(prompt, TOKENIZER)) == "hi"
+
+
+def test_a_conversation_goes_through_the_chat_template():
+    tokenizer = models.tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}({{ m['role'] }}){{ m['content'] }}{% endfor %}={% raw %}{% endraw %}"
+    row = dict(chosen=[user("a"), assistant("b"), user("c"), assistant("d")])
+    row["rejected"] = [*row["chosen"][:-1], assistant("e")]
+    prompt, chosen, _ = preferences._row(row, "here")
+    text = tokenizer.decode(preferences._prompt_ids(prompt, tokenizer))
+    assert text == "(user)a(assistant)b(user)c=" and chosen == "d"
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("{", "not JSON"),
+        ("[1]", "needs an object"),
+        ("7", "needs an object"),
+        ('{"prompt": "a", "chosen": "b"}', "needs an object with the fields"),
+        ('{"chosen": "b", "rejected": "c"}', "prompt must be text or messages"),
+        ('{"prompt": 3, "chosen": "b", "rejected": "c"}', "prompt must be text or messages"),
+        ('{"prompt": "a", "chosen": "b", "rejected": [{"role": "assistant", "content": "c"}]}', "must both be text, or both"),
+        ('{"prompt": "a", "chosen": [{"role": "assistant"}], "rejected": [{"role": "assistant"}]}', "must both be text"),
+        ('{"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}', "end with the"),
+        (json.dumps(dict(chosen=[assistant("a")], rejected=[assistant("b")])), "no prompt"),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_line(tmp_path, line, complaint):
+    path = write(tmp_path / "pairs.jsonl", [dict(prompt="a", chosen="b", rejected="c")])
+    path.write_text(path.read_text() + "\n" + line + "\n")
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}:3: ") and complaint in str(error.value) and error.value.code == 2
+
+
+def test_what_is_left_out_and_held_out(tmp_path, capsys):
+    rows = [dict(prompt=f"p{i // 2}", chosen="yes", rejected=f"no{i}") for i in range(40)]
+    bad = [dict(prompt="x", chosen="a", rejected=r) for r in ("", "a")] + [dict(prompt="y" * 2000, chosen="a", rejected="b")]
+    data = load(write(tmp_path / "pairs.jsonl", rows + bad))
+    assert "3 pairs left out" in capsys.readouterr().out
+    assert len(data.train) + len(data.test) == 40 and len(data.test) in (6, 7, 8)
+    assert not {p.text for p in data.train} & {p.text for p in data.test}
+    assert [p.id for p in data.train + data.test] == list(range(40)) and data.reward is None
+    write(tmp_path / "train.jsonl", rows), write(tmp_path / "test.jsonl", rows[:3])
+    data = load(tmp_path / "train.jsonl")
+    assert (len(data.train), len(data.test)) == (40, 3)
+
+
+def test_a_response_that_is_cut_has_no_end(tmp_path):
+    data = load(write(tmp_path / "p.jsonl", [dict(prompt=f"{i}", chosen="a" * 5, rejected="b" * 4) for i in range(9)]),
+                max_new_tokens=5)  # fmt: skip
+    end = TOKENIZER.eos_token_id
+    assert all(len(p.chosen) == 5 and end not in p.chosen and p.rejected[-1] == end for p in data.train)
+
+
+@pytest.mark.parametrize(
+    "argv, complaint",
+    [
+        (["--data", "nothing"], "the tiny model is warm-started on built-in data (letters, chain, record)"),
+        (["--data", "letters", "--beta", "0"], "--beta must be above 0"),
+        (["--data", "owner/name", "--model", "{tiny}"], "could not be had from the hub"),
+        (["--data", "lettters", "--model", "{tiny}"], "--data lettters: unknown; there are letters, chain, record"),
+        (["--data", "none.jsonl", "--model", "{tiny}"], "cannot read the preference file none.jsonl"),
+        (["--pairs-per-step", "0"], "--pairs-per-step must be at least 1"),
+        (["--loss", "sigmoid", "--steps", "-1"], "--steps must be at least 0"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, tiny_letters, argv, complaint):
+    argv = [a.format(tiny=tiny_letters) for a in argv]
+    done = run(tmp_path, *argv, "--dtype", "float32", "--optimizer", "adamw", script=ROOT / "algos" / "dpo.py")
+    assert complaint in user_error(done)
+
+
+@pytest.fixture(scope="module")
+def tiny_letters():
+    return models.warm_start("letters")
+
+
+def test_a_run_on_a_file(tmp_path, tiny_letters):
+    """No gold reward: the last line speaks of the held-out pairs."""
+    rows = [dict(prompt=[user(f"{i}:")], chosen=[assistant("abc")], rejected=[assistant("kkk")]) for i in range(30)]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    done = run(
+        tmp_path, "--data", path, "--model", tiny_letters, "--dtype", "float32", "--optimizer", "adamw", "--steps", 5,
+        "--lr", 1e-3, "--pairs-per-step", 4, "--max-new-tokens", 6, "--run-dir", tmp_path / "run",
+        script=ROOT / "algos" / "dpo.py",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("reward accuracy 0.00 -> 1.00 on the pairs of 6 held-out prompts, KL ")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def ragged(n=13):
+    rng = random.Random(0)
+    sizes = [(rng.randint(1, 9), rng.randint(1, 20), rng.randint(1, 20)) for _ in range(n)]
+    return [preferences.Pair(i, [5] * p, [6] * a, [7] * b, str(i)) for i, (p, a, b) in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("budget", [1, 64, 200, 10**6])
+def test_pairs_stay_together(budget):
+    pairs = ragged()
+    data = preferences.Data("x", pairs, [])
+    lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
+    data.columns["row"] = [torch.full((n,), float(r)) for r, n in enumerate(lengths)]
+    args = SimpleNamespace(micro_batch_tokens=budget, pairs_per_step=len(pairs))
+    seen, weight = [], 0.0
+    for mb in preferences.micro_batches(pairs, data, args):
+        b = len(mb.weights)
+        assert mb.ids.numel() <= budget or b == 1
+        first = mb.columns["row"][:, 0].long()
+        assert torch.equal(first[b:], first[:b] + 1) and mb.real.all()
+        assert mb.mask.sum(1).tolist() == [lengths[r] for r in first.tolist()]
+        for row, r in enumerate(first.tolist()):
+            assert set(mb.ids[row, -mb.mask.shape[1] :][mb.mask[row]].tolist()) == {6 + r % 2}
+        seen, weight = seen + (first[:b] // 2).tolist(), weight + mb.weights.sum().item()
+    assert sorted(seen) == list(range(13)) and weight == pytest.approx(1)
+
+
+def test_a_rank_without_work_keeps_step(monkeypatch):
+    pairs = ragged(2)
+    monkeypatch.setattr(gpu, "maximum", lambda n: 3)
+    args = SimpleNamespace(micro_batch_tokens=10**6, pairs_per_step=8)
+    batches = list(preferences.micro_batches(pairs, preferences.Data("x", pairs, []), args))
+    assert len(batches) == 3 and [b.real.any().item() for b in batches] == [True, False, False]
+    assert sum(b.weights.sum().item() for b in batches) == pytest.approx(2 / 8)
+
+
+def test_the_cache_holds_what_the_model_says(tmp_path):
+    torch.manual_seed(0)
+    from transformers import Qwen2ForCausalLM
+
+    policy = models.Policy(Qwen2ForCausalLM(CONFIG).eval())
+    args = SimpleNamespace(model="x", dtype="float32", micro_batch_tokens=100, pairs_per_step=1)
+    fake = SimpleNamespace(args=args, dir=tmp_path)
+    data = preferences.Data("x", ragged(5), [])
+    calls = []
+
+    def model():
+        calls.append(1)
+        return policy
+
+    data.columns["ref_logp"] = preferences.cached(fake, "reference", model, data)
+    for mb in preferences.micro_batches(data.train[2:3], data, args):
+        direct = preferences.logp_now(policy, mb)
+        torch.testing.assert_close(mb.columns["ref_logp"], direct, rtol=1e-5, atol=1e-5)
+    preferences.cached(fake, "reference", model, data)
+    assert len(calls) == 1  # read, not made again
+    args.dtype = "float64"
+    preferences.cached(fake, "reference", model, data)
+    assert len(calls) == 2
+    (tmp_path / "reference.safetensors").write_bytes(b"cut short")
+    preferences.cached(fake, "reference", model, data)
+    assert len(calls) == 3
+
+
+# ---------------------------------------------------------------- games
+
+
+@pytest.mark.parametrize("name", games.GAMES)
+def test_games(name):
+    train, test, game = games.pairs(name)
+    again, _, _ = games.pairs(name)
+    assert train == again and len(train) == 4096 and len(test) == 512
+    assert not {p for p, _, _ in train} & {p for p, _, _ in test}
+    better = sum(game.reward(p, a) > game.reward(p, b) for p, a, b in train) / len(train)
+    assert better == 1 if name != "letters" else 0.65 < better < 0.95  # letters: noisy labels
+    for p, a, b in train[:200]:
+        assert a != b and len(game.worth(p, a)) == len(a)
+        assert TOKENIZER.unk_token_id not in TOKENIZER(p + a + b)["input_ids"]
+    data = load(name)
+    assert all(len(w) == len(y) for q in data.train for w, y in zip(q.gold, (q.chosen, q.rejected)))
+
+
+def test_chain_knows_the_wrong_token():
+    game = games.chain()
+    assert game.worth("12345678=", "13605186") == [0, 0, 0, 0, 0, 0, 0, 0] and game.reward("12345678=", "13605186") == 1
+    assert game.worth("12345678=", "13615296"[:4]) == [0, 0, 0, -1]  # 6 + 4 is 0
+    wrong = game.worth("12345678=", "13616297")
+    assert wrong == [0, 0, 0, -1, 0, 0, 0, 0] and game.reward("12345678=", "13616297") == 0  # what follows a slip is innocent
+
+
+def test_record_scores_fields():
+    game = games.record()
+    right = game.demonstrate(random.Random(0), "uvwxyz=", 1.0)
+    assert game.reward("uvwxyz=", right) == 1
+    _, wrong = game.pair(random.Random(0), "uvwxyz=")
+    assert game.reward("uvwxyz=", wrong) == 0.5 and sum(game.worth("uvwxyz=", wrong)) == -1
+    assert game.reward("uvwxyz=", right[:-1]) == game.reward("uvwxyz=", "") == game.reward("uvwxyz=", right + "a") == 0
+
+
+def test_letters_score_depends_on_the_topic():
+    game = games.letters()
+    assert game.reward("1nabc:", "abcdefgh") == -game.reward("2nabc:", "abcdefgh")
+    rng, text = random.Random(0), {}
+    for tag in "+n-":
+        text[tag] = sum(game.reward(f"1{tag}abc:", game.demonstrate(rng, f"1{tag}abc:", 0.3)) for _ in range(300)) / 300
+    assert text["+"] > text["n"] + 1 > text["-"] + 2
+    assert game.reward("1nabc:", "abcdefgh" + "a" * 9) == game.reward("1nabc:", "abcdefgh")
+
+
+def test_the_last_line():
+    text = judge.sentence(dict(win_rate=0.5), dict(win_rate=0.777, kl=3.14, prompts=512))
+    assert text == "win rate 0.50 -> 0.78 against the reference on 512 held-out prompts (gold reward), KL 3.1 nats"
