@@ -9,7 +9,6 @@ import torch
 from tests import sync
 
 SCRIPTS = [n for n in sync.scripts() if "def surrogate(" in (sync.ALGOS / f"{n}.py").read_text()]
-SEQUENCE_LEVEL = {"gspo", "gmpo", "rloo"}  # one value per completion
 USES_OWN_BASELINE = {"ppo"}  # advantages come from a critic, or
 TOKEN_STATISTICS = {"reinforce"}  # are whitened over the tokens of the batch
 
@@ -46,6 +45,8 @@ def loss_and_gradient(script, b, args=None):
 
 
 each = pytest.mark.parametrize("script", [load(n) for n in SCRIPTS], ids=SCRIPTS)
+GROUPED = [n for n in SCRIPTS if n not in USES_OWN_BASELINE | TOKEN_STATISTICS]  # the others' advantages: in their own files
+each_grouped = pytest.mark.parametrize("script", [load(n) for n in GROUPED], ids=GROUPED)
 
 
 @each
@@ -153,10 +154,8 @@ def test_far_off_policy_stays_finite(script):
         assert torch.isfinite(loss) and torch.isfinite(grad).all()
 
 
-@each
+@each_grouped
 def test_equal_rewards_give_zero_advantage(script):
-    if script.__name__.split(".")[1] in USES_OWN_BASELINE | TOKEN_STATISTICS:
-        pytest.skip("its advantages do not come from the group alone; tested in its own file")
     for value in (0.0, 1.0, 0.1 + 0.2):
         adv = advantages(script, torch.full((3, 4), value))
         assert torch.equal(adv, torch.zeros(3, 4))
@@ -171,10 +170,8 @@ def advantages(script, rewards):
     return script.advantages(**{k: values[k] for k in names})
 
 
-@each
+@each_grouped
 def test_advantages_do_not_mix_prompts(script):
-    if script.__name__.split(".")[1] in USES_OWN_BASELINE | TOKEN_STATISTICS:
-        pytest.skip("its advantages do not come from the group alone; tested in its own file")
     rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
     together = advantages(script, rewards)
     alone = torch.cat([advantages(script, row[None]) for row in rewards])
