@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from common import rewards
 
 ROOT = Path(__file__).resolve().parents[1]
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
 
 def odd(text, answer):
@@ -258,13 +257,6 @@ def test_command_on_good_and_bad_files(tmp_path):
 def assert_one_line(done):
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ")
-
-
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs the GSM8K training file")
-def test_command_on_gsm8k():
-    done = run_module(GSM8K)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("7,473 of 7,473 gold solutions score 1 against their own answer; 0 of 7,397 score")
 
 
 # ---------------------------------------------------------------- hostile completions
