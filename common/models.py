@@ -223,12 +223,26 @@ def warm_start(task_name, cache=None):
             if not (folder / "model.safetensors").exists():
                 scratch = Path(f"{folder}.tmp")
                 shutil.rmtree(scratch, ignore_errors=True)
-                _supervise(task, tokenizer, recipe).save_pretrained(scratch)
+                scratch.mkdir()
+                lm = _supervise(task, tokenizer, recipe)
+                write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
                 tokenizer.save_pretrained(scratch)
+                shutil.rmtree(folder, ignore_errors=True)
                 os.rename(scratch, folder)
     except OSError as error:
         raise UserError(f"cannot write the warm-started model to {cache}: {error.strerror or error}") from None
     return str(folder)
+
+
+def write_weights(lm, weights, folder):
+    """config.json and model.safetensors; a tied head is stored once."""
+    from safetensors.torch import save_file
+
+    if lm.config.tie_word_embeddings:
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+    lm.config.save_pretrained(folder)
+    lm.generation_config.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
 
 
 def _supervise(task, tokenizer, recipe):

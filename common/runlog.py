@@ -301,7 +301,7 @@ class Run:
         try:
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
-            write_weights(policy.lm, weights, scratch)
+            models.write_weights(policy.lm, weights, scratch)
             self.tokenizer.save_pretrained(scratch)
             torch.save(saved, scratch / "state.pt")
             sums = {p.name: _digest(p) for p in sorted(scratch.iterdir())}
@@ -414,17 +414,6 @@ def _digest(path):
 def model_key(config):
     """What two models must share for a checkpoint of one to fit the other."""
     return f"{config.model_type} {config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}"
-
-
-def write_weights(lm, weights, folder):
-    """config.json and model.safetensors; a tied head is stored once."""
-    from safetensors.torch import save_file
-
-    if lm.config.tie_word_embeddings:
-        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
-    lm.config.save_pretrained(folder)
-    lm.generation_config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
 
 
 @torch.no_grad()

@@ -20,11 +20,13 @@ SMALL = (
 ).split()
 
 
-def launch(ranks, *arguments, script="algos/grpo.py"):
+def launch(ranks, *arguments, script="algos/grpo.py", env=None):
     one = [sys.executable]
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*(one if ranks == 1 else many), script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*(one if ranks == 1 else many), str(script), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -60,6 +62,27 @@ def test_two_ranks_are_one_process(tmp_path):
     launch(1, "--resume", one, "--steps", 5)
     for name, value in weights(one, 5).items():
         torch.testing.assert_close(weights(two, 5)[name], value, rtol=0, atol=1e-9)
+
+
+WARM = """
+import sys
+import torch.distributed as dist
+from common import models
+models.WARM_START |= dict(steps=4, careful_steps=2)
+dist.init_process_group("gloo")
+if dist.get_rank() == 1:  # whoever gets the lock first makes the model, and that may be any rank
+    print(models.warm_start("addition", sys.argv[1]))
+dist.destroy_process_group()
+"""
+
+
+def test_any_rank_can_make_the_warm_start(tmp_path):
+    (tmp_path / "warm.py").write_text(WARM)
+    out = launch(2, tmp_path / "cache", script=tmp_path / "warm.py", env=dict(PYTHONPATH="."))
+    (folder,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert out.split() == [str(folder)]
+    saved = load_file(folder / "model.safetensors")
+    assert sum(v.numel() for v in saved.values()) == models.count_parameters(models.tiny_config())
 
 
 def test_prompts_that_cannot_be_shared_evenly(monkeypatch):
