@@ -51,8 +51,8 @@ def init(args):
 
 
 def finish():
-    """Leaves the process group that init() joined; one that vLLM made for itself is vLLM's to end."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    """Leaves the process group that init() joined, unless vLLM has ended it already; one of vLLM's own is vLLM's to end."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """The tiny model on the real vLLM: same log-probs as the policy after updates, same greedy completions as transformers."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -24,6 +25,20 @@ def test_training_end_to_end(tmp_path):
     assert rows[-1]["approx_kl"] > 0 and rows[-1]["length"] > rows[0]["length"] + 3  # the weights moved, and reached vLLM
     before, after = (float(w) for w in done.stdout.strip().splitlines()[-1].split()[2:5:2])
     assert after > before + 0.2
+
+
+def test_two_ranks_with_an_engine_each(tmp_path):
+    """FSDP2 shards the policy, every process samples its own prompts with its own vLLM, and all end cleanly."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "algos/grpo.py"]
+    argv = "--engine vllm --steps 2 --prompts-per-step 8 --eval-prompts 16".split()
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *argv, "--run-dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=400, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [r["step"] for r in rows] == [1, 2] and all(0 < r["sampler_gap_max"] < 1e-4 for r in rows)
+    assert rows[-1]["approx_kl"] > 0 and (tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
