@@ -89,7 +89,7 @@ class Args:
     eps_low: float = 3e-4
     """the clip interval's reach below 1 (section 5.1)"""
     eps_high: float = 4e-4
-    """its reach above 1 (section 5.1). This band clips 39% of the tiny model's completions, one ten times as wide 16%"""
+    """its reach above 1 (section 5.1). Narrow for the tiny model: watch clip_fraction, and try ten times as much"""
     variant: Literal["seq", "token"] = "seq"
     """seq (Eq. 5) or token (section 4.3): where a token's gradient comes from, for advantages that differ between tokens"""
 

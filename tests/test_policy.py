@@ -166,6 +166,27 @@ def test_gradient_does_not_depend_on_micro_batches(tiny):
         torch.testing.assert_close(g, gradients[0], rtol=1e-4, atol=1e-6)
 
 
+def test_a_rank_that_runs_out_repeats_a_row_that_counts_for_nothing(tiny, monkeypatch):
+    """Sharded ranks must make equally many passes: the extra ones add nothing to gradients or means, and reach every weight."""
+    _, policy, _ = tiny
+    a, batch = sample(tiny)
+    batch.old_logp = rollout.logp_of(policy, batch, a)
+    batch.adv = torch.ones(batch.mask.shape)
+    batch.weights = grpo.token_weights(batch.mask, a)
+    rows = torch.arange(24)
+    real = len(list(batch.micro_batches(rows, 300)))
+    monkeypatch.setattr(rollout.gpu, "maximum", lambda n: n + 2)
+    every = list(batch.micro_batches(rows, 300))
+    assert len(every) == real + 2 and all(mb.mask.any() for mb in every[:real])
+    for idle in every[real:]:
+        assert not idle.mask.any() and not idle.weights.any()
+        policy.zero_grad()
+        logp, _ = policy(idle.ids, idle.attention_mask, idle.mask, a.temperature)
+        objective, _ = grpo.surrogate(logp, idle.old_logp, idle.adv, idle.mask, grpo.Args())
+        (-(objective * idle.weights)[idle.mask].sum()).backward()
+        assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
 def test_minibatches_cut_the_rollout_into_parts_whose_weights_sum_to_one(tiny):
     a, batch = sample(tiny)
     parts = list(rollout.minibatches(batch, a, 0, grpo.token_weights))
