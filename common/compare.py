@@ -2,7 +2,9 @@
 
 python -m common.compare grpo sapo --seeds 3                        runs/compare/grpo-sapo.{png,json}
 python -m common.compare grpo sapo --seeds 3 --out runs/reference/x -- --steps 60 --lr 3e-4
-What follows -- goes to every script. A run that is there and finished is not made again.
+python -m common.compare dpo@letters simpo@letters dpo@chain cdpo@chain -- --eval-every 50
+What follows -- goes to every script, and what follows @ is the --data of a script that learns from pairs, or the --task of
+an online one. A run that is there and finished is not made again.
 """
 
 import json
@@ -21,12 +23,15 @@ from common import UserError
 ROOT = Path(__file__).resolve().parents[1]
 PANELS = dict(accuracy="sampled accuracy", length="completion length, tokens", entropy="entropy, nats",
               approx_kl="KL(rollout policy, policy), nats")  # fmt: skip
+# The same for scripts that learn from pairs, from their evaluations; a row of panels for every data set.
+PAIR_PANELS = dict(win_rate="win rate against the reference", kl="KL to the reference, nats",
+                   chosen_shift="log-ratio of the chosen response", credit="credit of single tokens")  # fmt: skip
 
 
 @dataclass
 class Options:
     scripts: tyro.conf.Positional[tuple[str, ...]]
-    """names of scripts in algos/"""
+    """names of scripts in algos/, each with @<data or task> where it is not to be the script's own"""
     seeds: int = 3
     """seeds 1 to this"""
     jobs: int = 1
@@ -35,8 +40,18 @@ class Options:
     """picture and table without ending; None: runs/compare/<scripts>"""
 
 
-def run(script, seed, extra, core):
+def text_of(item):
+    return (ROOT / "algos" / f"{item.partition('@')[0]}.py").read_text()
+
+
+def from_pairs(item):
+    return "\n    pairs_per_step:" in text_of(item)
+
+
+def run(item, seed, extra, core):
     """One run in a process of its own -> its folder. `core`: the CPU cores it may use, or None for all."""
+    script, _, data = item.partition("@")
+    extra = [*([("--data" if from_pairs(item) else "--task"), data] if data else []), *extra]
     name = "-".join([script, str(seed), *[a.lstrip("-").replace("/", "_") for a in extra]])
     folder = ROOT / "runs" / "compare" / name
     if not (folder / "done").exists():
@@ -54,12 +69,28 @@ def run(script, seed, extra, core):
     return folder
 
 
+def rows_of(path):
+    """Rows of a .jsonl file; what was not finite is NaN."""
+    rows = [json.loads(line) for line in open(path, encoding="utf-8")]
+    return [{k: float("nan") if v is None else v for k, v in row.items()} for row in rows]
+
+
 def read(folder):
     """-> (rows of metrics.jsonl, greedy accuracy before, after)."""
-    rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
-    rows = [{k: float("nan") if v is None else v for k, v in row.items()} for row in rows]  # what was not finite
     words = (folder / "done").read_text().split()
-    return rows, float(words[2]), float(words[4])
+    return rows_of(folder / "metrics.jsonl"), float(words[2]), float(words[4])
+
+
+def band(values):
+    return dict(mean=statistics.mean(values), min=min(values), max=max(values), seeds=values)
+
+
+def summarise_pairs(runs):
+    """As summarise(), of the last evaluation and the last 10 updates. `runs`: (metrics rows, evaluation rows), one per seed."""
+    names = ["win_rate", "gold_reward", "kl", "reward_accuracy", "margin", "chosen_shift", "rejected_shift", "credit"]
+    last = [evals[-1] for _, evals in runs]
+    out = {k: band([e[k] for e in last]) for k in names if all(k in e for e in last)}
+    return out | {"entropy": band([statistics.mean(r["entropy"] for r in rows[-10:]) for rows, _ in runs])}
 
 
 def summarise(runs):
@@ -73,37 +104,49 @@ def summarise(runs):
         "entropy, last 10 steps": [statistics.mean(r["entropy"] for r in rows[-10:]) for rows, _, _ in runs],
         "greatest KL in a step": [max(r["approx_kl"] for r in rows) for rows, _, _ in runs],
     }
-    out = {k: dict(mean=statistics.mean(v), min=min(v), max=max(v), seeds=v) for k, v in values.items()}
+    out = {k: band(v) for k, v in values.items()}
     out["first step with sampled accuracy 0.7"] = dict(seeds=first)
     return out
 
 
-def draw(results, path):
-    """One panel per metric: the mean over seeds, and the band from the least to the greatest."""
+def draw(results, rows, path, x):
+    """`rows`: of panels, each (title, items shown, {metric: title}); one panel per metric: the mean over seeds, and the band
+    from the least to the greatest. `results` {item: [rows of numbers, one list a seed]}, x: what their "step" counts."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     styles = [(c, s) for s in ("-", "--") for c in plt.get_cmap("tab10").colors]
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), sharex=True)
-    for axis, (metric, title) in zip(axes.flat, PANELS.items()):
-        for (script, runs), (colour, line) in zip(results.items(), styles):
-            n = min(len(rows) for rows, _, _ in runs)
-            curves = [[r[metric] for r in rows[:n]] for rows, _, _ in runs]
-            steps = [r["step"] for r in runs[0][0][:n]]
-            axis.plot(steps, [statistics.mean(v) for v in zip(*curves)], line, color=colour, label=script, lw=1.6)
-            axis.fill_between(steps, [min(v) for v in zip(*curves)], [max(v) for v in zip(*curves)], color=colour, alpha=0.12)
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.25)
-        if metric == "approx_kl":
-            axis.set_yscale("log")
-    for axis in axes[1]:
-        axis.set_xlabel("rollout")
+    looks = dict(zip(dict.fromkeys(item.partition("@")[0] for item in results), styles))
+    width = 3.4 if len(rows[0][2]) > 2 else 5.4
+    size = (width * len(rows[0][2]) + 1.2, 2.9 * len(rows) + 0.6 if len(rows) > 1 else 3.6)
+    if sum(len(panels) for _, _, panels in rows) == 4:
+        size = (12, 7.5)
+    figure, axes = plt.subplots(len(rows), len(rows[0][2]), figsize=size, squeeze=False)
+    labels = {}
+    for line_of_axes, (title, items, panels) in zip(axes, rows):
+        for axis, (metric, name) in zip(line_of_axes, panels.items()):
+            for item in items:
+                script = item.partition("@")[0]
+                colour, line = looks[script]
+                curves = [[(r["step"], r[metric]) for r in rs if metric in r] for rs in results[item]]
+                n = min(map(len, curves))
+                steps, values = [s for s, _ in curves[0][:n]], list(zip(*([v for _, v in c[:n]] for c in curves)))
+                if not n:
+                    continue
+                labels[script] = axis.plot(steps, [statistics.mean(v) for v in values], line, color=colour, lw=1.6)[0]
+                axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
+            axis.set_title(f"{title}: {name}" if title else name, fontsize=10)
+            axis.grid(alpha=0.25)
+            if metric == "approx_kl":
+                axis.set_yscale("log")
+    for axis in axes[-1]:
+        axis.set_xlabel(x)
     seeds = len(next(iter(results.values())))
     figure.suptitle(f"mean over {seeds} seed{'s' * (seeds > 1)}; the band spans the seeds", fontsize=10)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="center right", fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 0.9, 1))
+    figure.legend(labels.values(), labels, loc="center right", fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1 - 1.2 / size[0], 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -123,13 +166,17 @@ def table(summaries):
 
 
 def main(options, extra):
-    known = {p.stem for p in (ROOT / "algos").glob("*.py") if "\ndef surrogate(" in p.read_text()}
-    for script in options.scripts:
-        if script not in known:
-            raise UserError(f"no online script algos/{script}.py; there are: {', '.join(sorted(known))}")
+    scripts = {p.stem: p.read_text() for p in (ROOT / "algos").glob("*.py")}
+    known = {n for n, text in scripts.items() if "\ndef surrogate(" in text or "\n    pairs_per_step:" in text}
+    for item in options.scripts:
+        if item.partition("@")[0] not in known:
+            raise UserError(f"no script algos/{item.partition('@')[0]}.py; there are: {', '.join(sorted(known))}")
+    pairs = from_pairs(options.scripts[0])
+    if any(from_pairs(item) != pairs for item in options.scripts):
+        raise UserError("scripts that learn from pairs and online scripts have no curves in common: compare them apart")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     shares = [set(cores[i :: options.jobs]) if options.jobs > 1 and cores else None for i in range(options.jobs)]
-    todo = [(script, seed) for script in options.scripts for seed in range(1, options.seeds + 1)]
+    todo = [(item, seed) for item in options.scripts for seed in range(1, options.seeds + 1)]
     free = list(shares)
 
     def work(job):
@@ -141,18 +188,26 @@ def main(options, extra):
 
     with ThreadPoolExecutor(options.jobs) as pool:
         folders = dict(zip(todo, pool.map(work, todo)))
-    results = {s: [read(folders[s, seed]) for seed in range(1, options.seeds + 1)] for s in options.scripts}
-    out = Path(options.out or ROOT / "runs" / "compare" / "-".join(options.scripts))
+    of = {item: [folders[item, seed] for seed in range(1, options.seeds + 1)] for item in options.scripts}
+    if pairs:
+        curves = {item: [rows_of(f / "evals.jsonl") for f in fs] for item, fs in of.items()}
+        runs = {i: [(rows_of(f / "metrics.jsonl"), evals) for f, evals in zip(fs, curves[i])] for i, fs in of.items()}
+        summaries, names = {i: summarise_pairs(r) for i, r in runs.items()}, PAIR_PANELS
+        data = {i: json.loads((fs[0] / "config.json").read_text())["args"]["data"] for i, fs in of.items()}
+        panels = [(name, [i for i in data if data[i] == name], PAIR_PANELS) for name in dict.fromkeys(data.values())]
+    else:
+        runs = {item: [read(f) for f in fs] for item, fs in of.items()}
+        curves = {item: [rows for rows, _, _ in rs] for item, rs in runs.items()}
+        summaries, names = {i: summarise(r) for i, r in runs.items()}, PANELS
+        first, second = dict(list(PANELS.items())[:2]), dict(list(PANELS.items())[2:])
+        panels = [("", list(of), first), ("", list(of), second)]
+    out = Path(options.out or ROOT / "runs" / "compare" / "-".join(options.scripts).replace("/", "_"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    summaries = {s: summarise(runs) for s, runs in results.items()}
-    draw(results, out.with_suffix(".png"))
-    curves = {
-        s: [[{k: round(r[k], 5) for k in ("step", *PANELS)} for r in rows] for rows, _, _ in runs]
-        for s, runs in results.items()
-    }
+    draw(curves, panels, out.with_suffix(".png"), "update" if pairs else "rollout")
+    kept = {i: [[{k: round(r[k], 5) for k in ("step", *names) if k in r} for r in rows] for rows in c] for i, c in curves.items()}
     versions = json.loads((folders[todo[0]] / "config.json").read_text())["versions"]
     command = "python -m common.compare " + " ".join(sys.argv[1:])
-    record = dict(command=command, versions=versions, summary=summaries, curves=curves)
+    record = dict(command=command, versions=versions, summary=summaries, curves=kept)
     out.with_suffix(".json").write_text(json.dumps(record) + "\n")
     print(table(summaries))
     print(f"wrote {out.with_suffix('.png')} and {out.with_suffix('.json')}")

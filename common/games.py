@@ -1,5 +1,6 @@
-"""Built-in preference tasks, small enough for a tiny model and with a known truth: letters, chain, record."""
+"""Built-in preference tasks, small enough for a tiny model and with a known truth: letters, letters4, chain, record."""
 
+import functools
 import itertools
 import math
 import random
@@ -25,26 +26,26 @@ class Game:
     variants: Callable = lambda prompt: [prompt]
 
 
-def letters():
-    """Eight letters of a Markov chain. Every letter has a value, whose sign the topic decides; the gold reward is their sum.
+def letters(alphabet=LETTERS, length=8):
+    """`length` letters of a Markov chain. Every letter has a value, whose sign the topic decides; the gold reward is their sum.
     Prompt '1nabc:' is topic, tag (n: plain, + and -: the best and the worst of three, for the warm start only), context."""
     fixed = random.Random(0)
-    value = dict(zip(fixed.sample(LETTERS, 7), (1, 1, 1, -1, -1, 2, -2)))
-    follow = {a: [math.exp(fixed.gauss(0, 1)) for _ in LETTERS] for a in LETTERS}
-    prompts = [f"{t}n{''.join(c)}:" for t in "12" for c in itertools.product(LETTERS, repeat=3)]
+    value = dict(zip(fixed.sample(alphabet, 7), (1, 1, 1, -1, -1, 2, -2)))
+    follow = {a: [math.exp(fixed.gauss(0, 1)) for _ in alphabet] for a in alphabet}
+    prompts = [f"{t}n{''.join(c)}:" for t in "12" for c in itertools.product(alphabet, repeat=3)]
     fixed.shuffle(prompts)
 
     def worth(prompt, text):
         sign = 1 if prompt[0] == "1" else -1
-        return [sign * value.get(c, 0) if i < 8 else 0 for i, c in enumerate(text)]
+        return [sign * value.get(c, 0) if i < length else 0 for i, c in enumerate(text)]
 
     def reward(prompt, text):
         return float(sum(worth(prompt, text)))
 
     def draw(rng, prompt):
         text = prompt[-2]
-        while len(text) < 9:
-            text += rng.choices(LETTERS, follow[text[-1]])[0]
+        while len(text) <= length:
+            text += rng.choices(alphabet, follow[text[-1]])[0]
         return text[1:]
 
     def demonstrate(rng, prompt, careful):
@@ -127,22 +128,28 @@ def record():
     return Game(prompts, demonstrate, reward, worth, pair)
 
 
-GAMES = dict(letters=letters, chain=chain, record=record)
+# letters4: so short that all 4,096 responses can be listed.
+GAMES = dict(letters=letters, letters4=functools.partial(letters, LETTERS[:8], 4), chain=chain, record=record)
 HELD_OUT = 512
 
 
 def task(name):
     """A built-in preference task as a task for the warm start and for online scripts: its score is the gold reward."""
-    game = GAMES[name]()
-    shown = [[tasks.Example(0, p, p) for p in game.variants(prompt)] for prompt in game.prompts]
-    train, test = list(itertools.chain(*shown[:-HELD_OUT])), [few[0] for few in shown[-HELD_OUT:]]
-    for i, e in enumerate(train + test):
-        e.id = i
+    game, played, shown = GAMES[name](), [], []
+    for prompt in game.prompts:
+        for variant in game.variants(prompt):
+            e = tasks.Example(len(played) + len(shown), variant, variant)
+            (played if variant == prompt else shown).append(e)
+    train, test = played[:-HELD_OUT], played[-HELD_OUT:]
+    shown = [e for e in shown if e.id < test[0].id]
 
     def check(text, prompt):
         return text, game.reward(prompt, text)
 
-    return tasks.Task(name, train, test, check, True, lambda rng, e, careful: game.demonstrate(rng, e.prompt, careful))
+    def demonstrate(rng, e, careful):
+        return game.demonstrate(rng, e.prompt, careful)
+
+    return tasks.Task(name, train, test, check, True, demonstrate, shown=shown)
 
 
 def pairs(name):

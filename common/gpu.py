@@ -216,7 +216,7 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
         "logits chunk": 3 * 1024 * V * 4 + 1024 * V * size,
     }
     pairs = hasattr(args, "pairs_per_step")
-    frozen = args.ref == "live" if pairs else args.beta > 0  # a reference in memory
+    frozen = getattr(args, "ref", "live") == "live" if pairs else args.beta > 0  # a reference in memory
     if frozen:
         plan["reference"] = n_parameters * size / ranks
     if hasattr(args, "value_lr"):  # a critic of the policy's size, with states of its own

@@ -130,6 +130,8 @@ def resolve(args):
         kind, _, n = (args.task or preset["task"]).partition(":")
         n = int(n) if n.isascii() and n.isdigit() else dict(addition=2, countdown=3).get(kind, 2)
         preset = preset | dict(max_new_tokens=12 * n if kind == "countdown" else 8 + 10 * n)
+    if name == "tiny":  # what a script needs that has its point to show elsewhere
+        preset = preset | getattr(args, "tiny_preset", {})
     for f in fields(args):
         if getattr(args, f.name) is None and f.name in preset:
             setattr(args, f.name, preset[f.name])
@@ -255,10 +257,10 @@ def _supervise(task, tokenizer, recipe):
         torch.manual_seed(recipe["seed"])
         model = Qwen2ForCausalLM(tiny_config())
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98))
-    steps = recipe["steps"]
+    steps, examples = recipe["steps"], sorted(task.train + task.shown, key=lambda e: e.id)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.2)
     for step in tqdm(range(steps), desc="warm start (once, then cached)", disable=None, leave=False):
-        rows = rng.choices(task.train, k=recipe["batch"])
+        rows = rng.choices(examples, k=recipe["batch"])
         careful = 1.0 if step < recipe["careful_steps"] else 0.3
         done = tokenizer([task.demonstrate(rng, e, careful) for e in rows])["input_ids"]
         sequences = [e.ids + d + [tokenizer.eos_token_id] for e, d in zip(rows, done)]
@@ -277,50 +279,102 @@ def _supervise(task, tokenizer, recipe):
 
 
 class Policy(nn.Module):
-    """A causal language model that returns log-probs of given tokens instead of logits.
+    """A causal language model that returns what is asked of its next-token distributions, not its logits.
 
-    forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T], entropy [b, T], both float32
-    (float64 for a float64 model), 0 where mask is False. The completion is the last T of the S positions.
-    The head runs on the masked positions only, `chunk` of them at a time, recomputed in the backward pass, so that
-    [b, T, V] never exists."""
+    forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T] of the tokens that are there and
+    entropy [b, T] (nats, detached), both float32 (float64 for a float64 model), 0 where mask is False. The completion is
+    the last T of the S positions.
+    `read` asks for something else: read(targets [n], logits [n, V], ...) -> a tuple of [n], with the logits of this model and
+    of each frozen model in `beside`; forward then returns these as [b, T]. states=True returns the hidden states [N, H]
+    behind the N tokens of the mask.
+    Only the masked positions go through the head, some at a time, recomputed in the backward pass: [b, T, V] never exists."""
 
-    def __init__(self, lm, chunk=1024):
+    def __init__(self, lm):
         super().__init__()
-        self.lm, self.chunk = lm, chunk
+        self.lm = lm
 
-    def forward(self, ids, attention_mask, mask, temperature=1.0):
+    def forward(self, ids, attention_mask, mask, temperature=1.0, read=None, beside=(), states=False):
         T = mask.shape[1]
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         hidden = self.lm.model(
             input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        logp, entropy = head_logp(
-            hidden[:, -T - 1 : -1][mask], self.lm.lm_head.weight, ids[:, -T:][mask], temperature, self.chunk
-        )
-        zeros = torch.zeros(mask.shape, dtype=logp.dtype, device=ids.device)
-        return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+        hidden, targets = hidden[:, -T - 1 : -1][mask], ids[:, -T:][mask]
+        if states:
+            return hidden
+        if read is None:
+            out = HeadLogp.apply(hidden, self.lm.lm_head.weight, targets, temperature)
+        else:
+            with torch.no_grad():
+                others = [(m(ids, attention_mask, mask, states=True), m.lm.lm_head.weight) for m in beside]
+            out = head_read(read, targets, (hidden, self.lm.lm_head.weight), *others, temperature=temperature)
+        return tuple(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in out)
 
 
-def head_logp(hidden, weight, targets, temperature=1.0, chunk=1024):
-    """hidden [N, H], head weight [V, H], targets [N] -> logp [N] of the targets and entropy [N] (nats, detached),
-    float32, of softmax(hidden weight' / temperature). Extra memory: one [chunk, V] of float32."""
-    if not len(hidden):  # the weight must get a gradient all the same, or sharded ranks would wait for each other
-        empty = hidden.sum(-1).to(torch.promote_types(hidden.dtype, torch.float32))
-        return empty + 0 * weight.sum(), empty.detach()
-    parts = [
-        checkpoint(_chunk_logp, h, weight, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk))
-    ]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+def head_rows(n_vocabulary):
+    """Positions whose logits exist at a time: 2^26 numbers (256 MiB in float32) at most."""
+    return max(16, 2**26 // n_vocabulary)
 
 
-def _chunk_logp(hidden, weight, targets, temperature):
-    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
-    normalizer = logits.logsumexp(-1)
-    logp = logits.gather(-1, targets[:, None]).squeeze(-1) - normalizer
-    with torch.no_grad():  # H = log Z - E[logit]
-        entropy = normalizer - (torch.softmax(logits, -1) * logits).sum(-1)
-    return logp, entropy
+class HeadLogp(torch.autograd.Function):
+    """(hidden [N, H], head weight [V, H], targets [N], temperature) -> logp [N] of the targets and entropy [N] (nats, no
+    gradient) of softmax(hidden weight' / temperature), in float32 at least. A chunk's logits live in one buffer, are made again
+    in the backward pass, and turn there into their own gradient: g (onehot - softmax)."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature=1.0):
+        wide, rows = torch.promote_types(hidden.dtype, torch.float32), head_rows(len(weight))
+        logp, entropy, normalizer = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
+        for i in range(0, len(hidden), rows):
+            at = slice(i, i + rows)
+            logits = (hidden[at] @ weight.T).to(wide)
+            logits.div_(temperature) if temperature != 1 else None
+            normalizer[at] = logits.logsumexp(-1)
+            logits.sub_(normalizer[at, None])
+            logp[at] = logits.gather(-1, targets[at, None]).squeeze(-1)
+            p = logits.exp()
+            entropy[at] = -p.mul_(logits.clamp_(min=-1e4)).sum(-1)  # 0 log 0 = 0
+        ctx.save_for_backward(hidden, weight, targets, normalizer)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, normalizer = ctx.saved_tensors
+        wide, rows = normalizer.dtype, head_rows(len(weight))
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden), rows):
+            at = slice(i, i + rows)
+            logits = (hidden[at] @ weight.T).to(wide)
+            logits.div_(ctx.temperature) if ctx.temperature != 1 else None
+            g = grad[at, None] / ctx.temperature
+            logits.sub_(normalizer[at, None]).exp_().mul_(-g)
+            logits.scatter_add_(-1, targets[at, None], g)
+            logits = logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[at] = logits @ weight
+            if grad_weight is not None:
+                grad_weight += logits.T @ hidden[at]
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def head_read(read, targets, *models, temperature=1.0):
+    """read(targets [n], logits [n, V] of every model) -> tuple of [n], by chunks: -> tuple of [N]. `models`: (hidden [N, H],
+    head weight [V, H]) each. The logits are in float32 at least, and made again in the backward pass."""
+
+    def part(targets, *flat):
+        logits = []
+        for hidden, weight in zip(flat[::2], flat[1::2]):
+            logits.append((hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature)
+        return read(targets, *logits)
+
+    rows, out = head_rows(len(models[0][1])), []
+    for i in range(0, max(1, len(targets)), rows):  # no token at all is one empty chunk: the weights still get their gradient
+        flat = [x for hidden, weight in models for x in (hidden[i : i + rows], weight)]
+        out.append(checkpoint(part, targets[i : i + rows], *flat, use_reentrant=False))
+    return tuple(torch.cat(parts) for parts in zip(*out))
 
 
 def load_tokenizer(args):

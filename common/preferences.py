@@ -1,5 +1,7 @@
 """Preferences: pairs of a chosen and a rejected response, how they are batched, and what is measured on held-out prompts."""
 
+import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -10,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import UserError, games, gpu, tasks
+from common import UserError, games, gpu, models, rollout, tasks
 
 
 @dataclass
@@ -21,7 +23,7 @@ class Pair:
     prompt: list
     chosen: list
     rejected: list
-    text: str  # of the prompt
+    text: str  # of the prompt, without any chat template
     gold: tuple | None = None  # per response, the true worth of every token, where the task knows it
 
 
@@ -137,7 +139,7 @@ def load(args, config, tokenizer):
     for rows in (train, test):
         pairs = []
         for prompt, *sides in rows:
-            ids = _prompt_ids(prompt, tokenizer)
+            ids = prompt_ids(prompt, tokenizer)
             chosen, rejected = (
                 (i + [tokenizer.eos_token_id])[: args.max_new_tokens] if i else []
                 for i in tokenizer(sides, add_special_tokens=False)["input_ids"]
@@ -146,9 +148,10 @@ def load(args, config, tokenizer):
             if not chosen or not rejected or chosen == rejected or too_long:
                 left_out += 1
                 continue
+            text = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
             worth = [game.worth(prompt, s) for s in sides] if game else []
             gold = tuple(w + [0] for w in worth) if [len(w) + 1 for w in worth] == [len(chosen), len(rejected)] else None
-            pairs.append(Pair(len(pairs) + sum(map(len, parts)), ids, chosen, rejected, str(prompt), gold))
+            pairs.append(Pair(len(pairs) + sum(map(len, parts)), ids, chosen, rejected, text, gold))
         parts.append(pairs)
     if left_out and gpu.rank() == 0:
         print(f"note: {left_out:,} pairs left out: empty, twice the same response, or too long a prompt", flush=True)
@@ -157,7 +160,8 @@ def load(args, config, tokenizer):
     return Data(name, *parts, game.reward if game else None)
 
 
-def _prompt_ids(prompt, tokenizer):
+def prompt_ids(prompt, tokenizer):
+    """Token ids of a prompt, text or messages, through the chat template where the tokenizer has one."""
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -213,15 +217,16 @@ def micro_batches(pairs, data, args):
 
 
 @torch.no_grad()
-def logp_of(model, rows, args):
-    """Log-probs under `model` of every token of the responses: [(prompt ids, response ids)] -> [[T_i]], on the CPU. The work is
-    shared out over the ranks."""
+def logp_of(model, rows, args, **reading):
+    """Log-probs under `model` of every token of the responses: [(prompt ids, response ids)] -> [[T_i]], on the CPU; or the first
+    thing that `reading` (read=..., beside=...; see models.Policy) asks for. The work is shared out over the ranks."""
     mine, out = list(range(len(rows)))[gpu.rank() :: gpu.world()], {}
     for cut in cuts([tuple(map(len, rows[i])) for i in mine], args.micro_batch_tokens):
-        logp, _ = model(*collate([rows[mine[k]] for k in cut] or rows[:1], gpu.device()))
+        logp, *_ = model(*collate([rows[mine[k]] for k in cut] or rows[:1], gpu.device()), **reading)
         out |= {mine[k]: values[: len(rows[mine[k]][1])] for k, values in zip(cut, logp.cpu())}
-    if hasattr(model, "reshard"):  # no backward pass follows that would do it, and checkpoints need the shards
-        model.reshard()
+    for m in (model, *reading.get("beside", ())):
+        if hasattr(m, "reshard"):  # no backward pass follows that would do it, and checkpoints need the shards
+            m.reshard()
     merged = {i: values for part in gpu.gather_objects(out) for i, values in part.items()}
     return [merged[i] for i in range(len(rows))]
 
@@ -246,14 +251,16 @@ class Cache:
         return self.values[self.start[row] : self.start[row + 1]]
 
 
-def cached(run, name, model, data):
+def cached(run, name, model, data, prompt=lambda pair, response: pair.prompt, values=None):
     """The log-probs of all responses under the frozen model that model() returns, as a Cache: computed once, then read from
-    <run folder>/<name>.safetensors, unless that was written for other tokens or another model."""
+    <run folder>/<name>.safetensors, unless that was written for other tokens or another model. prompt(pair, response ids)
+    -> the prompt's ids, where responses are to be read after another prompt than their own; values(model, rows) -> [[T_i]],
+    where something else than the log-probs is to be kept."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     args, path = run.args, gpu.gather_objects(run.dir)[0] / f"{name}.safetensors"
-    rows = [(p.prompt, y) for p in data.train + data.test for y in (p.chosen, p.rejected)]
+    rows = [(prompt(p, y), y) for p in data.train + data.test for y in (p.chosen, p.rejected)]
     digest = hashlib.sha256(f"{args.model} {args.dtype}".encode())
     for row in rows:
         digest.update(repr(row).encode())
@@ -263,13 +270,36 @@ def cached(run, name, model, data):
     except (OSError, SafetensorError):  # missing, or cut short
         fresh = True
     if gpu.maximum(int(fresh)):
-        values = logp_of(model(), rows, args)
+        found = (values or functools.partial(logp_of, args=args))(model(), rows)
         if gpu.rank() == 0:
             start = torch.tensor([0, *itertools.accumulate(len(y) for _, y in rows)])
             try:
-                save_file(dict(values=torch.cat(values), start=start), f"{path}.tmp", metadata=dict(key=key))
+                save_file(dict(values=torch.cat(found), start=start), f"{path}.tmp", metadata=dict(key=key))
                 os.replace(f"{path}.tmp", path)
             except (OSError, SafetensorError) as error:
                 raise UserError(f"cannot write the reference's log-probs to {path}: {error}") from None
         gpu.gather_objects(None)  # the others wait for the file
     return Cache(path)
+
+
+def fit(name, loss, data, args, run, steps, lr):
+    """-> a frozen Policy: the start after `steps` updates at the rate lr on loss(logp [2b, T], Batch) -> [b], averaged over
+    the pairs of a step. For a model that a method needs beside the policy; its pairs come in an order of their own."""
+    from tqdm import tqdm
+
+    args = copy.copy(args)
+    args.lr = lr
+    model = gpu.shard(models.load(args, gpu.device()))
+    optimizer = gpu.make_optimizer(model, args)
+    for step in tqdm(range(steps), desc=name, disable=None if gpu.rank() == 0 else True, leave=False):
+        torch.manual_seed(rollout.hash_seed(args.seed, step, gpu.rank(), 13))
+        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, f"{name} {args.seed}"))
+        for mb in micro_batches(pairs, data, args):
+            logp, _ = model(mb.ids, mb.attention_mask, mb.mask)
+            (loss(logp, mb) * mb.weights).sum().backward()
+        gpu.clip_gradients(model, args.max_grad_norm)
+        optimizer.step(), optimizer.zero_grad()
+        if gpu.maximum(int(bool(run.stop))):
+            raise UserError(f"stopped while the {name} was trained: nothing is lost but that; start again")
+    model.lm.requires_grad_(False)
+    return model

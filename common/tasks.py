@@ -41,6 +41,7 @@ class Task:
     inline: bool = False
     demonstrate: Callable | None = None
     template: str = "{prompt}"
+    shown: list = field(default_factory=list)  # what the warm start sees besides train
 
     def order(self, cursor, n, seed):
         """The n training examples from position `cursor` on: every epoch is a new permutation drawn from (seed, epoch)."""
@@ -292,7 +293,7 @@ def encode(task, tokenizer, prompt_template=None):
     try:
         if {name for _, name, _, _ in string.Formatter().parse(template)} - {None} != {"prompt"}:
             raise ValueError(repr(template))
-        texts = [template.format(prompt=e.prompt) for e in task.train + task.test]
+        texts = [template.format(prompt=e.prompt) for e in task.train + task.test + task.shown]
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--prompt-template needs the field {{prompt}} and no other ({error})") from None
     if tokenizer.chat_template:
@@ -301,5 +302,5 @@ def encode(task, tokenizer, prompt_template=None):
             for t in texts
         ]
     ids = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    for example, row in zip(task.train + task.test, ids):
+    for example, row in zip(task.train + task.test + task.shown, ids):
         example.ids = row

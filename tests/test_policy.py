@@ -38,20 +38,22 @@ def sample(tiny, n=6, **changes):
 # ---------------------------------------------------------------- the head
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def naive(hidden, weight, targets, temperature):
+    logits = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    return logits.gather(-1, targets[:, None]).squeeze(-1), -(logits.exp() * logits).sum(-1)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_head_equals_the_naive_way(chunk, temperature):
+def test_head_equals_the_naive_way(rows, temperature, monkeypatch):
+    monkeypatch.setattr(models, "head_rows", lambda n_vocabulary: rows)
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(50, 24, generator=g), torch.randn(301, 24, generator=g)
     targets, upstream = torch.randint(301, (50,), generator=g), torch.randn(50, generator=g)
     results = []
-    for naive in (True, False):
+    for head in (naive, models.HeadLogp.apply):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        if naive:
-            logits = torch.log_softmax(h @ w.T / temperature, -1)
-            logp, entropy = logits.gather(-1, targets[:, None]).squeeze(-1), -(logits.exp() * logits).sum(-1)
-        else:
-            logp, entropy = models.head_logp(h, w, targets, temperature, chunk)
+        logp, entropy = head(h, w, targets, temperature)
         (logp * upstream).sum().backward()
         results.append((logp.detach(), entropy.detach(), h.grad, w.grad))
     for expected, found in zip(*results):
@@ -59,12 +61,57 @@ def test_head_equals_the_naive_way(chunk, temperature):
 
 
 def test_head_keeps_no_logits(monkeypatch):
-    """Between forward and backward nothing of size V per token is saved."""
-    saved = []
+    """Between forward and backward nothing of size V per token is saved, whatever is read."""
+    monkeypatch.setattr(models, "head_rows", lambda n_vocabulary: 16)
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        models.head_logp(hidden, weight, torch.zeros(64, dtype=torch.long), 1.0, 16)
-    assert sum(saved) < 64 * 5000 / 2 + 4 * weight.numel()
+    targets = torch.zeros(64, dtype=torch.long)
+    for head in (
+        lambda: models.HeadLogp.apply(hidden, weight, targets, 1.0),
+        lambda: models.head_read(lambda y, z: (z.logsumexp(-1),), targets, (hidden, weight)),
+    ):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            head()
+        assert sum(saved) < 64 * 5000 / 2 + 4 * weight.numel()
+
+
+def test_head_of_a_certain_token():
+    """A logit so far above the others that their probabilities are 0: entropy 0, no NaN."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[1e6], [0.0], [-1e6]])
+    logp, entropy = models.HeadLogp.apply(hidden, weight, torch.tensor([0]))
+    assert logp.item() == 0 and entropy.item() == 0
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_reading_two_models_equals_the_naive_way(tiny, rows, monkeypatch):
+    """A divergence between two models' distributions, with its gradient, by chunks and from transformers' logits."""
+    monkeypatch.setattr(models, "head_rows", lambda n_vocabulary: rows)
+    _, policy, _ = tiny
+    a, batch = sample(tiny, n=2)
+    other = models.load(a, torch.device("cpu"), trainable=False)
+    with torch.no_grad():
+        other.lm.model.norm.weight.mul_(0.7)
+
+    def kl(targets, logits, other_logits):
+        p, q = other_logits.log_softmax(-1), logits.log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1), q.gather(-1, targets[:, None]).squeeze(-1)
+
+    policy.zero_grad()
+    found, logp = policy(batch.ids, batch.attention_mask, batch.mask, read=kl, beside=[other])
+    found.sum().backward()
+    grads = {n: p.grad.clone() for n, p in policy.named_parameters()}
+    policy.zero_grad()
+    positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    both = [m.lm(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=positions).logits for m in (policy, other)]
+    T = batch.mask.shape[1]
+    q, p = (logits[:, -T - 1 : -1].log_softmax(-1) for logits in both)
+    expected = (p.exp() * (p - q)).sum(-1).masked_fill(~batch.mask, 0.0)
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logp, policy(batch.ids, batch.attention_mask, batch.mask)[0], rtol=1e-5, atol=1e-6)
+    for name, weight in policy.named_parameters():
+        torch.testing.assert_close(grads[name], weight.grad, rtol=1e-3, atol=1e-4)
+    policy.zero_grad()
 
 
 def test_policy_equals_transformers_logits(tiny):
