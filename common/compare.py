@@ -204,7 +204,8 @@ def main(options, extra):
     out = Path(options.out or ROOT / "runs" / "compare" / "-".join(options.scripts).replace("/", "_"))
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(curves, panels, out.with_suffix(".png"), "update" if pairs else "rollout")
-    kept = {i: [[{k: round(r[k], 5) for k in ("step", *names) if k in r} for r in rows] for rows in c] for i, c in curves.items()}
+    names = ["step", *names]
+    kept = {i: [[{k: round(r[k], 5) for k in names if k in r} for r in rows] for rows in c] for i, c in curves.items()}
     versions = json.loads((folders[todo[0]] / "config.json").read_text())["versions"]
     command = "python -m common.compare " + " ".join(sys.argv[1:])
     record = dict(command=command, versions=versions, summary=summaries, curves=kept)

@@ -218,8 +218,8 @@ def micro_batches(pairs, data, args):
 
 @torch.no_grad()
 def logp_of(model, rows, args, **reading):
-    """Log-probs under `model` of every token of the responses: [(prompt ids, response ids)] -> [[T_i]], on the CPU; or the first
-    thing that `reading` (read=..., beside=...; see models.Policy) asks for. The work is shared out over the ranks."""
+    """Log-probs under `model` of every token of the responses: [(prompt ids, response ids)] -> [[T_i]], on the CPU; or the
+    first thing that `reading` (read=..., beside=...; see models.Policy) asks for. The work is shared out over the ranks."""
     mine, out = list(range(len(rows)))[gpu.rank() :: gpu.world()], {}
     for cut in cuts([tuple(map(len, rows[i])) for i in mine], args.micro_batch_tokens):
         logp, *_ = model(*collate([rows[mine[k]] for k in cut] or rows[:1], gpu.device()), **reading)

@@ -64,12 +64,12 @@ def test_head_keeps_no_logits(monkeypatch):
     """Between forward and backward nothing of size V per token is saved, whatever is read."""
     monkeypatch.setattr(models, "head_rows", lambda n_vocabulary: 16)
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
-    targets = torch.zeros(64, dtype=torch.long)
+    targets, saved = torch.zeros(64, dtype=torch.long), []
     for head in (
         lambda: models.HeadLogp.apply(hidden, weight, targets, 1.0),
         lambda: models.head_read(lambda y, z: (z.logsumexp(-1),), targets, (hidden, weight)),
     ):
-        saved = []
+        saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             head()
         assert sum(saved) < 64 * 5000 / 2 + 4 * weight.numel()
@@ -102,7 +102,8 @@ def test_reading_two_models_equals_the_naive_way(tiny, rows, monkeypatch):
     grads = {n: p.grad.clone() for n, p in policy.named_parameters()}
     policy.zero_grad()
     positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    both = [m.lm(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=positions).logits for m in (policy, other)]
+    inputs = dict(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=positions)
+    both = [m.lm(**inputs).logits for m in (policy, other)]
     T = batch.mask.shape[1]
     q, p = (logits[:, -T - 1 : -1].log_softmax(-1) for logits in both)
     expected = (p.exp() * (p - q)).sum(-1).masked_fill(~batch.mask, 0.0)
