@@ -50,6 +50,8 @@ class Args:
     """who samples for the evaluation: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
     eval_every: int | None = None
     """steps between evaluations; 0: only before and after"""
     eval_prompts: int = 512

@@ -63,6 +63,8 @@ class Args:
     """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
     eval_every: int | None = None
     """steps between greedy evaluations; 0: only before and after"""
     eval_prompts: int = 512

@@ -221,6 +221,8 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
         plan["reference"] = n_parameters * size / ranks
     if hasattr(args, "value_lr"):  # a critic of the policy's size, with states of its own
         plan["critic"] = plan["weights"] + plan["gradients"] + plan["optimizer"]
+    if any(hasattr(args, f"{name}_steps") for name in ("guide", "ce", "dpo")):  # a model that is trained before the policy
+        plan["trained first"] = plan["weights"] + plan["gradients"] + plan["optimizer"]
     length, rows = context, (4 * args.eval_prompts if pairs else args.prompts_per_step * args.group_size) / ranks
     cache = 2 * L * config.num_key_value_heads * head * size
     if args.engine == "hf" or not torch.cuda.is_available():
@@ -257,7 +259,7 @@ def explain_plan(config, args, n_parameters, context, capacity=None, ranks=None)
         return "\n".join(lines)
     lines[1] += ": does not fit"
     options = [
-        ("--gradient-checkpointing", dict(gradient_checkpointing=True)),
+        ("--gradient-checkpointing True", dict(gradient_checkpointing=True)),
         ("--optimizer adamw_8bit", dict(optimizer="adamw_8bit")),
         ("--micro-batch-tokens 4096", dict(micro_batch_tokens=min(4096, args.micro_batch_tokens))),
         ("--vllm-memory 0.3", dict(vllm_memory=min(0.3, args.vllm_memory))),

@@ -87,7 +87,8 @@ def locate(name):
         return name
     near = difflib.get_close_matches(name.lower(), ["tiny", *ALIASES], 4, 0.3)
     what = "no such folder" if "/" in name else "unknown model"
-    raise UserError(f"{what} {name!r}; nearest names: {', '.join(near)}; or give a hub id (owner/name) or a folder")
+    near = f"nearest names: {', '.join(near)}; or " if near else ""
+    raise UserError(f"{what} {name!r}; {near}give a hub id (owner/name) or a folder")
 
 
 def _fetch(loader, name, **kwargs):
@@ -130,13 +131,14 @@ def resolve(args):
         kind, _, n = (args.task or preset["task"]).partition(":")
         n = int(n) if n.isascii() and n.isdigit() else dict(addition=2, countdown=3).get(kind, 2)
         preset = preset | dict(max_new_tokens=12 * n if kind == "countdown" else 8 + 10 * n)
-    if name == "tiny":  # what a script needs that has its point to show elsewhere
-        preset = preset | getattr(args, "tiny_preset", {})
+    # What a script needs that has its point to show elsewhere, or fields of its own with two presets.
+    preset = preset | getattr(args, "tiny_preset" if name == "tiny" else "real_preset", {})
     for f in fields(args):
         if getattr(args, f.name) is None and f.name in preset:
             setattr(args, f.name, preset[f.name])
     for field, least in (("steps", 0), ("prompts_per_step", 1), ("pairs_per_step", 1), ("group_size", 1), ("minibatches", 1),
-                         ("epochs", 1), ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1)):  # fmt: skip
+                         ("epochs", 1), ("max_new_tokens", 1), ("micro_batch_tokens", 1), ("eval_prompts", 1),
+                         ("vllm_tp", 1)):  # fmt: skip
         if getattr(args, field, least) < least:
             raise UserError(f"--{field.replace('_', '-')} must be at least {least}, is {getattr(args, field)}")
     for field in ("lr", "weight_decay", "max_grad_norm", "beta", "lora_rank", "eval_every", "checkpoint_every", "tis_cap"):
@@ -356,7 +358,10 @@ class HeadLogp(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[at] = logits @ weight
             if grad_weight is not None:
-                grad_weight += logits.T @ hidden[at]
+                if wide == hidden.dtype:
+                    grad_weight.addmm_(logits.T, hidden[at])  # without a second [V, H]
+                else:
+                    grad_weight += logits.T @ hidden[at]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
@@ -379,9 +384,17 @@ def head_read(read, targets, *models, temperature=1.0):
 
 def load_tokenizer(args):
     """The tokenizer of `args.model`; for the tiny model this makes the warm start, if it is not cached."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    tokenizer = _fetch(AutoTokenizer, _folder(args), padding_side="left")
+    name = _folder(args)
+    try:
+        kind = get_tokenizer_config(name).get("tokenizer_class")
+    except Exception:  # says what is wrong below
+        kind = None
+    # AutoTokenizer of transformers 5 would build a Qwen2Tokenizer for any Qwen2, around the splitting rule of another.
+    own = kind in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    tokenizer = _fetch(PreTrainedTokenizerFast if own else AutoTokenizer, name, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {args.model}: its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import UserError, games, gpu, models, rollout, tasks
+from common import UserError, games, gpu, models, rollout, runlog, tasks
 
 
 @dataclass
@@ -253,7 +253,7 @@ class Cache:
 
 def cached(run, name, model, data, prompt=lambda pair, response: pair.prompt, values=None):
     """The log-probs of all responses under the frozen model that model() returns, as a Cache: computed once, then read from
-    <run folder>/<name>.safetensors, unless that was written for other tokens or another model. prompt(pair, response ids)
+    <run folder>/<name>.safetensors, unless that was written for other tokens or settings. prompt(pair, response ids)
     -> the prompt's ids, where responses are to be read after another prompt than their own; values(model, rows) -> [[T_i]],
     where something else than the log-probs is to be kept."""
     from safetensors import SafetensorError
@@ -261,7 +261,8 @@ def cached(run, name, model, data, prompt=lambda pair, response: pair.prompt, va
 
     args, path = run.args, gpu.gather_objects(run.dir)[0] / f"{name}.safetensors"
     rows = [(prompt(p, y), y) for p in data.train + data.test for y in (p.chosen, p.rejected)]
-    digest = hashlib.sha256(f"{args.model} {args.dtype}".encode())
+    settings = {k: v for k, v in vars(args).items() if k not in runlog.MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for row in rows:
         digest.update(repr(row).encode())
     key = digest.hexdigest()
@@ -277,7 +278,7 @@ def cached(run, name, model, data, prompt=lambda pair, response: pair.prompt, va
                 save_file(dict(values=torch.cat(found), start=start), f"{path}.tmp", metadata=dict(key=key))
                 os.replace(f"{path}.tmp", path)
             except (OSError, SafetensorError) as error:
-                raise UserError(f"cannot write the reference's log-probs to {path}: {error}") from None
+                raise UserError(f"cannot write the column {name} to {path}: {error}") from None
         gpu.gather_objects(None)  # the others wait for the file
     return Cache(path)
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import pickle
 import re
 import signal
@@ -147,11 +148,12 @@ def maths(text, answer):
 maths.warm_up = _math_verify
 
 
-def _guarded(check, text, answer):
-    """(extracted or None, score in 0..1); whatever the check raises, it is (None, 0.0)."""
+def _guarded(check, text, answer, trusted=False):
+    """(extracted or None, score in 0..1, of a trusted check any finite one); whatever the check raises: (None, 0.0)."""
     try:
         extracted, score = check(text, answer)
-        return extracted if extracted is None else str(extracted), float(score) if 0 <= score <= 1 else 0.0
+        fine = math.isfinite(score) if trusted else 0 <= score <= 1
+        return extracted if extracted is None else str(extracted), float(score) if fine else 0.0
     except Exception:
         return None, 0.0
 
@@ -185,7 +187,7 @@ class Scorer:
     """Runs `check(text, answer) -> (extracted, score in 0..1)` over batches, in `workers` processes that live on from
     call to call. A check that takes over `timeout_s` seconds, or crashes its process, scores 0 and counts in
     `timeouts`; its process is killed and replaced. A function `check.warm_up` runs at a worker's start, off the
-    clock. `inline=True`: trusted, fast checks, in this process. One thread at a time may call."""
+    clock. `inline=True`: trusted, fast checks, in this process, of any score. One thread at a time may call."""
 
     def __init__(self, check, timeout_s=5.0, workers=2, inline=False):
         self.check, self.timeout_s, self.workers, self.inline = check, timeout_s, workers, inline
@@ -196,7 +198,7 @@ class Scorer:
         pairs = list(zip(texts, answers, strict=True))
         todo = list(dict.fromkeys(pairs))
         if self.inline:
-            results = dict(zip(todo, [_guarded(self.check, *pair) for pair in todo], strict=True))
+            results = dict(zip(todo, [_guarded(self.check, *pair, trusted=True) for pair in todo], strict=True))
         else:
             with ThreadPoolExecutor(self.workers) as threads:  # each of them waits for one worker at a time
                 results = dict(zip(todo, threads.map(self._in_worker, todo), strict=True))

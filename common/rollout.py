@@ -246,27 +246,22 @@ def make_engine(policy, tokenizer, args, context):
     return HF(policy, tokenizer)
 
 
-class _Sampler:
-    """A logits processor that samples by the Gumbel-max trick with one generator per prompt, so that a completion does
-    not depend on what else is in the batch; it keeps the log-probs of what it chose."""
-
-    def __init__(self, temperature, generators, n):
-        self.temperature, self.generators, self.n, self.logp = temperature, generators, n, []
-
-    def __call__(self, input_ids, scores):
-        logp = torch.log_softmax(scores.float() / (self.temperature or 1.0), -1)
-        noisy = logp
-        if self.temperature:
-            noise = torch.empty_like(logp)
-            for i, g in enumerate(self.generators):
-                noise[i * self.n : (i + 1) * self.n].exponential_(generator=g)
-            noisy = logp - noise.log()
-        self.logp.append(logp.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1))
-        return noisy
+def draw(logits, uniform, temperature):
+    """logits [b, V], uniform [b] float64 in [0, 1) -> (token ids [b], their log-probs [b] in float32). The token is where the
+    cumulative distribution passes the uniform number, so a completion depends on its own numbers alone; temperature 0: the
+    likeliest."""
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if temperature:
+        cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[1] - 1)
+    else:
+        tokens = logp.argmax(-1, keepdim=True)
+    return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1)
 
 
 class HF:
-    """transformers `generate`. Uses the policy's own weights; a sharded policy gets a full copy, synced after updates."""
+    """transformers, with a loop of its own: a prompt is read once for its n completions, and a completion that has ended
+    leaves the batch. Uses the policy's own weights; a sharded policy gets a full copy, synced after updates."""
 
     name = "hf"
 
@@ -298,37 +293,60 @@ class HF:
     @torch.no_grad()
     def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
         """-> for every prefix its n completions, each (token ids with the EOS, their log-probs, ended by EOS)."""
-        from transformers import LogitsProcessorList
-
-        out, per_call = [], max(1, self.rows // n)
-        training, own = self.lm.training, self.lm.generation_config
+        out, per_call, training = [], max(1, self.rows // n), self.lm.training
         self.lm.eval()
-        self.lm.generation_config = type(own)()  # no top-p, top-k or penalties of the model's own
-        for first in range(0, len(prefixes), per_call):
-            some = [p for p in prefixes[first : first + per_call] for _ in range(n)]
-            width = max(map(len, some))
-            pad = self.tokenizer.pad_token_id
-            ids = torch.tensor([[pad] * (width - len(p)) + p for p in some], device=self.device)
-            attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=self.device)
-            generators = [torch.Generator(self.device).manual_seed(s) for s in seeds[first : first + per_call]]
-            sampler = _Sampler(temperature, generators, n)
-            with gpu.no_checkpointing(self.lm):
-                done = self.lm.generate(
-                    input_ids=ids, attention_mask=attention, max_new_tokens=max_new_tokens, do_sample=False,
-                    eos_token_id=self.end, pad_token_id=pad, logits_processor=LogitsProcessorList([sampler]),
-                )  # fmt: skip
-            tokens, logp = done[:, width:].tolist(), torch.stack(sampler.logp, 1).tolist()
-            for row, row_logp in zip(tokens, logp):
-                end = next((i + 1 for i, token in enumerate(row) if token in self.end), None)
-                out.append((row[:end], row_logp[:end], end is not None))
+        with gpu.no_checkpointing(self.lm):
+            for first in range(0, len(prefixes), per_call):
+                some = slice(first, first + per_call)
+                out += self._generate(prefixes[some], n, max_new_tokens, temperature, seeds[some])
         self.lm.train(training)
-        self.lm.generation_config = own
         return out
+
+    def _generate(self, prefixes, n, max_new_tokens, temperature, seeds):
+        from transformers import DynamicCache
+
+        width, pad = max(map(len, prefixes)), self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prefixes], device=self.device)
+        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=self.device)
+        streams = [torch.Generator().manual_seed(s) for s in seeds]  # the CPU's, so that every device draws the same
+        uniform = torch.cat([torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in streams]).to(self.device)
+        end, cache = torch.tensor(self.end, device=self.device), DynamicCache(config=self.lm.config)
+
+        def logits_after(ids):
+            positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            return self.lm(
+                input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]  # fmt: skip
+
+        logits = logits_after(ids).repeat_interleave(n, 0)
+        attention = attention.repeat_interleave(n, 0)
+        if n > 1:
+            cache.batch_repeat_interleave(n)
+        B = len(uniform)
+        tokens = torch.full((B, max_new_tokens), pad, device=self.device)
+        logp, lengths = torch.zeros(B, max_new_tokens, device=self.device), torch.zeros(B, dtype=torch.int64)
+        rows = torch.arange(B, device=self.device)  # which completions are still being written
+        for t in range(max_new_tokens):
+            token, token_logp = draw(logits, uniform[rows, t], temperature)
+            tokens[rows, t], logp[rows, t] = token, token_logp
+            lengths[rows.cpu()] = t + 1
+            going = (~torch.isin(token, end)).nonzero().squeeze(-1)
+            if t + 1 == max_new_tokens or not len(going):
+                break
+            if len(going) < len(rows):
+                rows, token, attention = rows[going], token[going], attention[going]
+                cache.batch_select_indices(going)
+            attention = torch.nn.functional.pad(attention, (0, 1), value=1)
+            logits = logits_after(token[:, None])
+        lengths = lengths.tolist()
+        tokens, logp = tokens.tolist(), logp.tolist()
+        return [(y[:k], p[:k], y[k - 1] in self.end) for y, p, k in zip(tokens, logp, lengths)]
 
 
 class VLLM:
-    """vLLM 0.32 in this process: one engine per rank on the rank's own device, weights replaced in place after every
-    update. On a GPU it sleeps while the trainer updates."""
+    """vLLM 0.32 in this process: one engine per rank on the rank's own device, or one per args.vllm_tp neighbouring ranks that
+    share out its weights; these are replaced in place after every update. On a GPU it sleeps while the trainer updates."""
 
     name = "vllm"
 
@@ -341,13 +359,15 @@ class VLLM:
         if not vllm.__version__.startswith("0.32."):
             print(f"note: vLLM {vllm.__version__} is not the tested 0.32; if it misbehaves: --engine hf", flush=True)
         self.policy, self.device, self.end = policy, gpu.device(), models.end_tokens(policy.lm, tokenizer)
-        cuda, self.asleep = self.device.type == "cuda", set()
+        cuda, self.asleep, self.tp = self.device.type == "cuda", set(), args.vllm_tp
+        if gpu.world() % self.tp:
+            raise UserError(f"--vllm-tp {self.tp}: {gpu.world()} processes cannot be shared out in groups of {self.tp}")
         with tempfile.TemporaryDirectory() as folder:  # shapes only: the weights come by sync()
             policy.lm.config.save_pretrained(folder)
             self.llm = vllm.LLM(
                 model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=args.dtype,
-                max_model_len=context, logprobs_mode="processed_logprobs", enable_prefix_caching=True,
-                distributed_executor_backend="external_launcher" if gpu.world() > 1 else "uni",
+                max_model_len=context, tensor_parallel_size=self.tp, logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True, distributed_executor_backend="external_launcher" if gpu.world() > 1 else "uni",
                 gpu_memory_utilization=args.vllm_memory, enforce_eager=not cuda, enable_sleep_mode=cuda,
                 max_num_batched_tokens=max(8192, context), seed=0, disable_log_stats=True,
             )  # fmt: skip
@@ -378,9 +398,17 @@ class VLLM:
         self.llm.llm_engine.engine_core.shutdown()
 
     def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
-        """As HF.generate. top-p and top-k stay off: a cut distribution is not the one that the trainer's log-probs are of."""
+        """As HF.generate. top-p and top-k stay off: a cut distribution is not the one that the trainer's log-probs are of.
+        The ranks of a group hand all their prompts to the engine that they share, in the same order, and keep their own."""
         from vllm import SamplingParams
 
+        mine = slice(0, len(prefixes))
+        if self.tp > 1:
+            first = gpu.rank() // self.tp * self.tp
+            group = gpu.gather_objects((prefixes, seeds))[first : first + self.tp]
+            before = sum(len(p) for p, _ in group[: gpu.rank() - first])
+            mine = slice(before, before + len(prefixes))
+            prefixes, seeds = ([x for part in group for x in part[i]] for i in (0, 1))
         params = [
             SamplingParams(
                 n=n, temperature=temperature, max_tokens=max_new_tokens, logprobs=0, seed=s % 2**31,
@@ -389,7 +417,7 @@ class VLLM:
         ]  # fmt: skip
         done = self.llm.generate([{"prompt_token_ids": p} for p in prefixes], params, use_tqdm=False)
         out = []
-        for request in done:
+        for request in done[mine]:
             for c in request.outputs:
                 tokens = list(c.token_ids)
                 logp = [d[t].logprob for t, d in zip(tokens, c.logprobs)]

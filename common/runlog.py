@@ -17,7 +17,8 @@ import torch
 
 from common import UserError, gpu, models, rollout
 
-MAY_CHANGE = ("resume", "run_dir", "steps", "eval_every", "checkpoint_every", "engine", "vllm_memory", "micro_batch_tokens")
+MAY_CHANGE = ("resume", "run_dir", "steps", "eval_every", "checkpoint_every", "engine", "vllm_memory", "vllm_tp",
+              "micro_batch_tokens")  # fmt: skip
 
 
 def prepare(script, args):

@@ -128,7 +128,7 @@ def test_plan_says_what_makes_it_fit():
     fits = gpu.explain_plan(QWEN_7B, settings(), n, 1500, 80 * GIB, 1)
     assert fits.splitlines()[1].endswith("of 80.0: fits")
     text = gpu.explain_plan(QWEN_7B, settings(optimizer="adamw_sr", gradient_checkpointing=False), n, 1500, 64 * GIB, 1)
-    assert "does not fit" in text and "--gradient-checkpointing --optimizer adamw_8bit" in text
+    assert "does not fit" in text and "--gradient-checkpointing True --optimizer adamw_8bit" in text
     assert text.splitlines()[-1].endswith(": fits")
     small = gpu.explain_plan(QWEN_7B, settings(), n, 1500, 24 * GIB, 1)
     assert "torchrun over" in small.splitlines()[-1]

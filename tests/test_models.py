@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,3 +110,10 @@ def test_a_model_of_the_shape_of_qwen_0_5b_trains_from_its_folder(tmp_path):
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert row["sampler_gap"] < 0.1 and row["entropy"] > 5  # random weights over 151,936 tokens: up to ln V = 11.9
     assert (tmp_path / "run" / "checkpoints" / "step-000001" / "model.safetensors").stat().st_size > 9e8
+
+
+def test_a_folder_with_a_tokenizer_of_its_own_kind():
+    """Spaces and line ends are tokens of the tiny model in a folder as they are of the built-in one."""
+    text, tiny = "ab c\nd, e", models.warm_start("addition")
+    ids = models.load_tokenizer(SimpleNamespace(model=tiny))(text)["input_ids"]
+    assert ids == models.tiny_tokenizer()(text)["input_ids"] and len(ids) == 9

@@ -9,7 +9,7 @@ import torch
 from tests import sync
 
 SCRIPTS = [n for n in sync.scripts() if "def surrogate(" in (sync.ALGOS / f"{n}.py").read_text()]
-USES_OWN_BASELINE = {"ppo"}  # advantages come from a critic, or
+USES_OWN_BASELINE = {"ppo", "rto"}  # advantages come from a critic, or
 TOKEN_STATISTICS = {"reinforce"}  # are whitened over the tokens of the batch
 
 

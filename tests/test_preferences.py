@@ -206,6 +206,9 @@ def test_the_cache_holds_what_the_model_says(tmp_path):
     (tmp_path / "reference.safetensors").write_bytes(b"cut short")
     preferences.cached(fake, "reference", model, data)
     assert len(calls) == 3
+    args.micro_batch_tokens = 50  # changes nothing
+    preferences.cached(fake, "reference", model, data)
+    assert len(calls) == 3
 
 
 # ---------------------------------------------------------------- games

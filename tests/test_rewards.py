@@ -452,3 +452,10 @@ def test_a_boxed_integer_scores_1_after_any_prose(scorer, prefix, value, comma):
     texts = [rf"{prefix}\boxed{{{written}}}"] * 2
     assert scorer(texts, [str(value), str(value + 1)])[1] == [1.0, 0.0]
     assert rewards.has_format(texts[0])
+
+
+def test_a_trusted_check_may_give_any_finite_score():
+    """The gold rewards of the built-in games; a worker's scores stay shares of 1."""
+    scorer = rewards.Scorer(lambda text, answer: (text, float(answer) * len(text)), inline=True)
+    assert scorer(["abcdefgh", "ab", "", "a"], ["2", "-3", "1", "nan"]) == (["abcdefgh", "ab", "", "a"], [16.0, -6.0, 0.0, 0.0])
+    assert rewards._guarded(lambda text, answer: (text, 2.0), "a", "b") == ("a", 0.0)

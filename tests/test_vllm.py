@@ -27,10 +27,14 @@ def test_training_end_to_end(tmp_path):
     assert after > before + 0.2
 
 
-def test_two_ranks_with_an_engine_each(tmp_path):
-    """FSDP2 shards the policy, every process samples its own prompts with its own vLLM, and all end cleanly."""
+@pytest.mark.parametrize("tp", [1, 2])
+def test_two_ranks(tp, tmp_path):
+    """FSDP2 shards the policy; every process samples its own prompts with its own vLLM, or both with one that is spread over
+    them (tensor parallelism; three heads cannot be halved, so a model with four); and all end cleanly."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "algos/grpo.py"]
-    argv = "--engine vllm --steps 2 --prompts-per-step 8 --eval-prompts 16".split()
+    argv = f"--engine vllm --vllm-tp {tp} --steps 2 --prompts-per-step 8 --eval-prompts 15".split()
+    if tp == 2:
+        argv += four_heads(tmp_path / "model")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, *argv, "--run-dir", str(tmp_path / "run")], capture_output=True, text=True, timeout=400, env=env
@@ -39,6 +43,19 @@ def test_two_ranks_with_an_engine_each(tmp_path):
     rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [r["step"] for r in rows] == [1, 2] and all(0 < r["sampler_gap_max"] < 1e-4 for r in rows)
     assert rows[-1]["approx_kl"] > 0 and (tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors").exists()
+
+
+def four_heads(folder):
+    """A random model on letters, where random text has rewards, and the flags that the tiny preset would give."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(**models.tiny_config().to_dict() | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
+    lm = Qwen2ForCausalLM(config)
+    models.tiny_tokenizer().save_pretrained(folder)
+    models.write_weights(lm, lm.state_dict(), folder)
+    flags = "--task letters --group-size 4 --minibatches 2 --max-new-tokens 60 --dtype float32 --optimizer adamw --lr 1e-3"
+    return ["--model", str(folder), *flags.split(), "--gradient-checkpointing", "False", "--checkpoint-every", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,389 @@
+"""RTO: Reinforced Token Optimization, "DPO Meets PPO". Zhong et al., arXiv 2404.18922 (2024).
+
+Idea: a reward model says one number at the end of a response, and PPO has to find out which tokens earned it. A policy that
+DPO has trained on preference pairs knows more: its log-ratio to the reference is, token by token, the reward it was trained
+on, up to a potential. RTO trains such a model first, freezes it, and adds its log-ratio to PPO's reward at every token.
+
+Objective: PPO's, with another reward (Eq. 4.7); pi_dpo is frozen, pi_ref the start of both:
+    R_t = clip(beta_1 log(pi_dpo / pi_ref), -c, c) - beta_2 log(pi_old / pi_ref) at every token,
+          plus the score, clipped to +-score_clip, at the last one;   beta_1 = dpo_scale, c = dpo_clip, beta_2 = beta
+    stage 1: DPO's loss, mean over pairs of -log sigmoid(dpo_beta z)
+The clips are the authors' code, which also averages over a completion's tokens before it averages over completions and whitens
+with the biased variance; here both are PPO's. Without c the DPO model's excesses are learnt: with --dpo-scale 1 --dpo-clip 0
+the tiny model writes on past the letters that count, on some seeds. On built-in tasks the score is the gold reward, and so is
+what is printed as accuracy (letters: at most 16).
+
+Differs from ppo.py in: prompts_per_step, epochs, beta, dpo_rewards, token_rewards, dpo_loss, dpo_stage, train
+Costs: stage 1, once; then two frozen models, the reference and the DPO model, and a forward pass of each per rollout.
+Run:   python algos/rto.py                                      tiny model on letters, CPU, about a minute
+       python algos/rto.py --dpo-scale 0                        the same by PPO; --shape last: the whole DPO term at the end
+       torchrun --nproc-per-node 8 algos/rto.py --model qwen2.5-7b-instruct --dpo-model runs/dpo-1-.../checkpoints/step-000900
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    seed: int = 1
+    """of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """P, over all processes; None: 6 on the tiny model (the gain shows where rollouts are few), else 1,024 (authors' script)"""
+    group_size: int | None = 1
+    """G, completions per prompt; the critic needs no siblings to compare with"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int | None = None
+    """passes over each rollout; None: 2 on the tiny model, else 1 (authors' script)"""
+    lr: float | None = None
+    """AdamW's rate, constant"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float | None = None
+    """beta_2, weight of the KL penalty to the starting model; None: 0.05 on the tiny model, else 0.01 (authors' script)"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """padded tokens in one forward pass of the trainer"""
+
+    # RTO
+    tiny_preset = dict(
+        task="letters", steps=100, prompts_per_step=6, minibatches=1, epochs=2, lr=2e-4, value_lr=1e-3, beta=0.05,
+        max_new_tokens=9, dpo_scale=0.3, dpo_clip=0.3, score_clip=0.0, checkpoint_every=50,
+    )  # fmt: skip
+    real_preset = dict(
+        prompts_per_step=1024, minibatches=8, epochs=1, beta=0.01, dpo_scale=0.05, dpo_clip=0.05, score_clip=10.0
+    )  # fmt: skip
+    eps: float = 0.2
+    """half-width of the clip interval (PPO paper)"""
+    gamma: float = 1.0
+    """discount per token (TRL, verl)"""
+    lam: float = 0.95
+    """lambda of GAE (TRL); 1 carries the score unblurred to the first of many tokens (verl)"""
+    eps_value: float = 0.2
+    """how far V may move from V_old within a rollout (TRL)"""
+    value_lr: float | None = None
+    """the critic's rate; None: ten times lr (verl: 1e-5 and 1e-6). With an optimizer of its own, L_V needs no coefficient"""
+    dpo_scale: float | None = None
+    """beta_1; None: 0.3 on the tiny model, whose scores are larger, else 0.05 (paper); 0: PPO"""
+    dpo_clip: float | None = None
+    """c, limit of a token's scaled log-ratio; 0: none. None: 0.3 on the tiny model, else 0.05 (authors' script)"""
+    score_clip: float | None = None
+    """limit of the score; 0: none. None: 0 on the tiny model, else 10 (authors' code)"""
+    shape: Literal["token", "last", "rs"] = "token"
+    """where the DPO term goes (paper's ablations): to its tokens; summed onto the last token (DDPO); to its tokens, with its
+    sum taken off the score, so that only the reward's place differs from PPO (RS-PPO)"""
+    dpo_model: str | None = None
+    """folder of a model that algos/dpo.py trained from the same start; None: trained first, on the task's built-in pairs"""
+    dpo_steps: int = 150
+    """updates of stage 1 (ours)"""
+    dpo_beta: float = 1.0
+    """DPO's beta in stage 1 (ours: with 1 the log-ratios have the scale of the gold reward)"""
+    dpo_lr: float = 2e-4
+    """AdamW's rate in stage 1 (ours, for the tiny model)"""
+    dpo_pairs: int = 48
+    """pairs per update in stage 1, over all processes (ours)"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def dpo_rewards(dpo_logp, ref_logp, mask, args):
+    """[B, T] each -> [B, T]: the DPO term of Eq. 4.7, scaled before it is clipped; 0 outside the mask."""
+    term = (args.dpo_scale * (dpo_logp - ref_logp)).masked_fill(~mask, 0.0)
+    return term.clamp(-args.dpo_clip, args.dpo_clip) if args.dpo_clip > 0 else term
+
+
+def token_rewards(scores, old_logp, ref_logp, dpo_logp, mask, args):
+    """scores [B], log-probs [B, T] -> [B, T]: DPO term and k1 penalty at every token, the score at the last. Eq. 4.7."""
+    term, penalty = dpo_rewards(dpo_logp, ref_logp, mask, args), args.beta * (old_logp - ref_logp)
+    if args.score_clip > 0:
+        scores = scores.clamp(-args.score_clip, args.score_clip)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    if args.shape == "last":
+        term = last * term.sum(1, keepdim=True)
+    if args.shape == "rs":
+        scores = scores - term.sum(1)
+    return (last * scores[:, None] + term - penalty).masked_fill(~mask, 0.0)
+
+
+def gae(rewards, values, mask, args):
+    """[B, T] each -> [B, T]: generalised advantage estimates; nothing is to come after the last valid token."""
+    adv, next_adv, next_value = torch.zeros_like(values), values.new_zeros(len(values)), values.new_zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + args.gamma * next_value - values[:, t]
+        adv[:, t] = delta + args.gamma * args.lam * next_adv
+        next_adv = torch.where(mask[:, t], adv[:, t], next_adv)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+    return adv.masked_fill(~mask, 0.0)
+
+
+def advantages(rewards, values, mask, args):
+    """[B, T] each, of the whole rollout -> advantages [B, T], whitened over all valid tokens, and returns [B, T]."""
+    adv, n = gae(rewards, values, mask, args), mask.sum()
+    returns = (adv + values).masked_fill(~mask, 0.0)
+    centred = (adv - adv.sum() / n.clamp(min=1)).masked_fill(~mask, 0.0)
+    return centred * (centred.square().sum() / (n - 1).clamp(min=1) + 1e-8).rsqrt(), returns
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps, 1 + args.eps)
+    objective = torch.min(ratio * adv, clipped * adv)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over all tokens of the minibatch."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def value_loss(values, old_values, returns, mask, args):
+    """[B, T] each -> loss per token [B, T], to be minimised: squared error, the larger of plain and clipped."""
+    values = values.masked_fill(~mask, 0.0)
+    clipped = values.clamp(old_values - args.eps_value, old_values + args.eps_value)
+    error = torch.max((values - returns).square(), (clipped - returns).square())
+    return 0.5 * error.masked_fill(~mask, 0.0)
+
+
+def explained_variance(values, returns, mask):
+    """[B, T] each -> 1 - Var(G - V) / Var(G) over the valid tokens: 1 for a perfect critic, 0 for a constant one."""
+    error, spread = (returns - values)[mask], returns[mask]
+    return 1 - error.var(correction=0) / spread.var(correction=0).clamp(min=1e-8)
+
+
+class Critic(torch.nn.Module):
+    """A language model whose head is replaced by one of width 1, zero at first: V_t is read where token t is predicted, like
+    its log-prob. Called as the policy is; forward -> values [b, T], wide, 0 where mask is False, and None."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+        lm.lm_head = torch.nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.device, dtype=lm.dtype)
+        torch.nn.init.zeros_(lm.lm_head.weight)
+
+    def forward(self, ids, attention_mask, mask, temperature=1.0):
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        hidden = self.lm.model(
+            input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        values = self.lm.lm_head(hidden[:, -mask.shape[1] - 1 : -1]).squeeze(-1)
+        return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~mask, 0.0), None
+
+
+def dpo_loss(logp, ref_logp, mask, args):
+    """[2B, T] each, the B chosen rows first -> loss per pair [B], to be minimised: stage 1, as in algos/dpo.py."""
+    chosen, rejected = (logp - ref_logp).masked_fill(~mask, 0.0).sum(1).chunk(2)
+    return -torch.nn.functional.logsigmoid(args.dpo_beta * (chosen - rejected))
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def dpo_stage(folder, args, config, tokenizer, run):
+    """Stage 1: trains the DPO model on the task's built-in pairs and writes it to `folder`, whole or not at all."""
+    import os
+    import shutil
+    from types import SimpleNamespace
+
+    from common import UserError, gpu, models, preferences
+
+    args = SimpleNamespace(**vars(args) | dict(data=args.task, beta=args.dpo_beta, pairs_per_step=args.dpo_pairs))
+    data = preferences.load(args, config, tokenizer)
+    reference = gpu.shard(models.load(args, gpu.device(), trainable=False))
+
+    def loss(logp, mb):
+        return dpo_loss(logp, preferences.logp_now(reference, mb), mb.mask, args)
+
+    model = preferences.fit("DPO model", loss, data, args, run, args.dpo_steps, args.dpo_lr)
+    weights = {}
+    for name, weight in gpu.full_weights(model):  # all ranks take part, one keeps
+        if run.main:
+            weights[name] = weight.cpu().contiguous()
+    if run.main:
+        scratch = folder.with_suffix(".tmp")
+        try:
+            for old in (scratch, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            scratch.mkdir()
+            models.write_weights(model.lm, weights, scratch)
+            tokenizer.save_pretrained(scratch)
+            os.rename(scratch, folder)
+        except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
+            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot write the DPO model to {folder}: {reason}") from None
+    gpu.gather_objects(None)  # the others wait for the folder
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from dataclasses import replace
+
+    from common import UserError, games, gpu, models, rewards, rollout, runlog, tasks
+
+    args, config, device = runlog.prepare(__file__, args)
+    if args.dpo_model is None and args.task not in games.GAMES:
+        raise UserError(
+            f"--task {args.task} has no pairs to train the DPO model on ({', '.join(games.GAMES)} have); "
+            "train one by algos/dpo.py on pairs of yours and give its folder: --dpo-model path/to/folder"
+        )
+    for name in ("dpo_scale", "dpo_clip", "score_clip", "dpo_steps", "dpo_beta", "dpo_lr"):
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be a number of at least 0, is {getattr(args, name)}")
+    if args.dpo_pairs < 1 or args.dpo_pairs % gpu.world():
+        raise UserError(f"--dpo-pairs {args.dpo_pairs} cannot be shared evenly by {gpu.world()} processes")
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context)
+
+    # Stage 1: the DPO model, in the run folder, where a resumed run finds it; or the one that is given.
+    folder = args.dpo_model or gpu.gather_objects(run.dir)[0] / "dpo"
+    if args.dpo_model is None and not (args.resume and folder.is_dir()):
+        dpo_stage(folder, args, config, tokenizer, run)
+    start = replace(args, model=str(folder))
+    if models.load_tokenizer(start).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--dpo-model {folder} has other tokens than --model {args.model}")
+    dpo = gpu.shard(models.load(start, device, trainable=False))
+
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False))
+    optimizer = gpu.make_optimizer(policy, args)
+    critic = gpu.shard(Critic(models.load(args, device).lm))
+    critic_optimizer = gpu.make_optimizer(critic, replace(args, lr=10 * args.lr if args.value_lr is None else args.value_lr))
+    run.extra["critic"] = critic, critic_optimizer
+    run.restore(policy, optimizer)
+    engine = rollout.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+    held_out = task.test[: args.eval_prompts]
+    if run.state["accuracy_before"] is None:
+        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+
+    while run.state["step"] < args.steps:
+        step = run.state["step"]
+        run.start_step()
+
+        # Rollout: P prompts over all processes, G completions each.
+        engine.wake()
+        prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step)
+        engine.sleep()
+        run.state["cursor"] += args.prompts_per_step
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, of the reference and the DPO model; values of the critic, read in the same way.
+        batch.old_logp = rollout.logp_of(policy, batch, args)
+        batch.ref_logp = rollout.logp_of(reference, batch, args)
+        dpo_logp = rollout.logp_of(dpo, batch, args)
+        batch.old_values = rollout.logp_of(critic, batch, args)
+        run.timed("old_logp")
+
+        # Advantages over the whole rollout, of all processes.
+        scores = token_rewards(batch.reward.flatten(), batch.old_logp, batch.ref_logp, dpo_logp, batch.mask, args)
+        scores, values, mask = map(gpu.gather, (scores, batch.old_values, batch.mask))
+        adv, returns = advantages(scores, values, mask, args)
+        batch.adv, batch.returns = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = runlog.Meter()
+        term = dpo_rewards(dpo_logp, batch.ref_logp, batch.mask, args)
+        clipped = (term.abs() >= args.dpo_clip).float() * (args.dpo_clip > 0)
+        meter.add(dict(dpo_term=term, dpo_clipped=clipped, ref_kl=batch.old_logp - batch.ref_logp), batch.mask)
+        meter.add(dict(dpo_sum=term.sum(1)), batch.mask.any(1))
+        meter.note(explained_variance=explained_variance(values, returns, mask).item())
+        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+            batch.weights, loss, critic_loss = weights, 0.0, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
+                if engine.name == "vllm" and args.tis_cap > 0:
+                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
+                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                values, _ = critic(mb.ids, mb.attention_mask, mb.mask)
+                micro_loss = (value_loss(values, mb.old_values, mb.returns, mb.mask, args) * mb.weights)[mb.mask].sum()
+                micro_loss.backward()
+                critic_loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            critic_norm = gpu.clip_gradients(critic, args.max_grad_norm)
+            if run.finite(gpu.total(loss), grad_norm, gpu.total(critic_loss), critic_norm):
+                optimizer.step(), critic_optimizer.step()
+            optimizer.zero_grad(), critic_optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+            meter.note(value_loss=gpu.total(critic_loss), value_grad_norm=critic_norm)
+        engine.sync()
+        run.timed("update")
+
+        run.state["step"] = step + 1
+        run.log(meter.result() | rollout.summary(batch), batch)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            engine.wake()
+            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
+            engine.sleep()
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+            run.save(policy, optimizer)
+        if run.stopping(policy, optimizer):
+            break
+    else:
+        engine.wake()
+        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
+        run.save(policy, optimizer)
+        run.finish(accuracy, len(held_out))
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))
