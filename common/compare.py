@@ -2,9 +2,9 @@
 
 python -m common.compare grpo sapo --seeds 3                        runs/compare/grpo-sapo.{png,json}
 python -m common.compare grpo sapo --seeds 3 --out runs/reference/x -- --steps 60 --lr 3e-4
-python -m common.compare dpo@letters simpo@letters dpo@chain cdpo@chain -- --eval-every 50
-What follows -- goes to every script, and what follows @ is the --data of a script that learns from pairs, or the --task of
-an online one. A run that is there and finished is not made again.
+python -m common.compare dpo@letters simpo@letters dpo@chain cdpo@chain cdpo@chain,kappa=0 -- --eval-every 50
+What follows -- goes to every script. What follows @ is the --data of a script that learns from pairs, or the --task of an
+online one, and what follows a comma another flag of that script alone. A run that is there and finished is not made again.
 """
 
 import json
@@ -31,7 +31,7 @@ PAIR_PANELS = dict(win_rate="win rate against the reference", kl="KL to the refe
 @dataclass
 class Options:
     scripts: tyro.conf.Positional[tuple[str, ...]]
-    """names of scripts in algos/, each with @<data or task> where it is not to be the script's own"""
+    """scripts in algos/, each with @<data or task> and ,<flag>=<value> where these are not to be the script's own"""
     seeds: int = 3
     """seeds 1 to this"""
     jobs: int = 1
@@ -40,18 +40,21 @@ class Options:
     """picture and table without ending; None: runs/compare/<scripts>"""
 
 
-def text_of(item):
-    return (ROOT / "algos" / f"{item.partition('@')[0]}.py").read_text()
+def parts(item):
+    """script@data,flag=value,... -> script, data or "", its label in a picture, its own flags."""
+    head, *flags = item.split(",")
+    script, _, data = head.partition("@")
+    return script, data, ",".join([script, *flags]), [x for f in flags for x in ("--" + f).split("=", 1)]
 
 
 def from_pairs(item):
-    return "\n    pairs_per_step:" in text_of(item)
+    return "\n    pairs_per_step:" in (ROOT / "algos" / f"{parts(item)[0]}.py").read_text()
 
 
 def run(item, seed, extra, core):
     """One run in a process of its own -> its folder. `core`: the CPU cores it may use, or None for all."""
-    script, _, data = item.partition("@")
-    extra = [*([("--data" if from_pairs(item) else "--task"), data] if data else []), *extra]
+    script, data, _, flags = parts(item)
+    extra = [*([("--data" if from_pairs(item) else "--task"), data] if data else []), *flags, *extra]
     name = "-".join([script, str(seed), *[a.lstrip("-").replace("/", "_") for a in extra]])
     folder = ROOT / "runs" / "compare" / name
     if not (folder / "done").exists():
@@ -118,7 +121,7 @@ def draw(results, rows, path, x):
     import matplotlib.pyplot as plt
 
     styles = [(c, s) for s in ("-", "--") for c in plt.get_cmap("tab10").colors]
-    looks = dict(zip(dict.fromkeys(item.partition("@")[0] for item in results), styles))
+    looks = dict(zip(dict.fromkeys(parts(item)[2] for item in results), styles))
     width = 3.4 if len(rows[0][2]) > 2 else 5.4
     size = (width * len(rows[0][2]) + 1.2, 2.9 * len(rows) + 0.6 if len(rows) > 1 else 3.6)
     if sum(len(panels) for _, _, panels in rows) == 4:
@@ -128,14 +131,14 @@ def draw(results, rows, path, x):
     for line_of_axes, (title, items, panels) in zip(axes, rows):
         for axis, (metric, name) in zip(line_of_axes, panels.items()):
             for item in items:
-                script = item.partition("@")[0]
-                colour, line = looks[script]
+                label = parts(item)[2]
+                colour, line = looks[label]
                 curves = [[(r["step"], r[metric]) for r in rs if metric in r] for rs in results[item]]
                 n = min(map(len, curves))
                 steps, values = [s for s, _ in curves[0][:n]], list(zip(*([v for _, v in c[:n]] for c in curves)))
                 if not n:
                     continue
-                labels[script] = axis.plot(steps, [statistics.mean(v) for v in values], line, color=colour, lw=1.6)[0]
+                labels[label] = axis.plot(steps, [statistics.mean(v) for v in values], line, color=colour, lw=1.6)[0]
                 axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
             axis.set_title(f"{title}: {name}" if title else name, fontsize=10)
             axis.grid(alpha=0.25)
@@ -169,8 +172,8 @@ def main(options, extra):
     scripts = {p.stem: p.read_text() for p in (ROOT / "algos").glob("*.py")}
     known = {n for n, text in scripts.items() if "\ndef surrogate(" in text or "\n    pairs_per_step:" in text}
     for item in options.scripts:
-        if item.partition("@")[0] not in known:
-            raise UserError(f"no script algos/{item.partition('@')[0]}.py; there are: {', '.join(sorted(known))}")
+        if parts(item)[0] not in known:
+            raise UserError(f"no script algos/{parts(item)[0]}.py; there are: {', '.join(sorted(known))}")
     pairs = from_pairs(options.scripts[0])
     if any(from_pairs(item) != pairs for item in options.scripts):
         raise UserError("scripts that learn from pairs and online scripts have no curves in common: compare them apart")

@@ -1,0 +1,354 @@
+"""DID: Differential Information Distribution. Won, Lee, Hwang, Seo, arXiv 2505.23761 (2025).
+
+Idea: what turns a reference into a policy is a distribution of its own, the normalised ratio of the two. If the rejected
+responses are sampled so that this differential information between reference and rejected sampler is a power of that between
+target and reference, DPO's log-ratio reward, and no other, has the target as its optimum. How spread out the information is
+says what an update does: with little entropy it reinforces few responses, with much it smooths, and typical ones lose.
+
+This is an analysis script: the loss is dpo.py's, what is new is measured.
+    q(y) = pi(y) / pi_ref(y) / sum_y' pi(y') / pi_ref(y')          for one prompt: entropies are means over prompts
+    P(y_1 is the chosen one) = sigmoid(beta log q(y_1) - beta log q(y_2))   <=>   pi_l(y) ~ pi_ref(y) (pi_ref(y) / pi*(y))^beta
+    E_ref log pi / pi_ref = -KL(pi_ref || pi) <= 0: the likelihood that the reference's own samples lose
+Part A, exact, on 32 outcomes and before the training: which loss finds pi* when pi_l is built in closed form (recovery.json).
+The expected loss is summed over all pairs of outcomes, so there is no sampling noise. DPO, DPO with a wrong beta and SimPO
+without a margin end at the same loss, and only the first at the target: the loss does not say what was learnt.
+Part B: the language model on a game whose 4,096 responses per prompt can all be listed, hence with exact entropies (did.json).
+--projected is the paper's DPO-PG: of the gradient g of the loss, its part against h, the gradient of the chosen responses'
+negative log-likelihood, is taken away where <g, h> < 0:  g - <g, h> / |h|^2 h. Its details are unconfirmed: per minibatch and
+over all weights is ours. AdamW rescales what is left, and other pairs are not asked: chosen responses lose less, not nothing.
+
+Differs from dpo.py in: differential_information, rejected_sampler, entropy, divergence, measures, recovery, sampled_entropy,
+    project, train
+Costs: --projected: a forward and backward pass of the chosen responses and a second gradient in memory. Part A takes seconds.
+       No official code is public.
+Run:   python algos/did.py                                               tiny model, CPU, about a minute
+       python algos/did.py --no-projected                                DPO itself, measured
+       python algos/did.py --model qwen2.5-1.5b-instruct --beta 0.1      UltraFeedback on one GPU
+       torchrun --nproc-per-node 8 algos/did.py --model qwen2.5-7b-instruct --data pairs.jsonl
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    data: str | None = None
+    """letters, chain, record (built in, with a gold reward), a .jsonl file with prompt, chosen, rejected, or a hub id"""
+    seed: int = 1
+    """of the pairs' order and the evaluation's samples"""
+    steps: int | None = None
+    """updates in all; None here and below: the preset of the model"""
+    pairs_per_step: int | None = None
+    """pairs in one update, over all processes"""
+    ref: Literal["cached", "live"] = "cached"
+    """log-probs of the reference: computed once and kept in the run folder, or by a frozen model in every step"""
+    lr: float | None = None
+    """AdamW's rate, constant"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    max_new_tokens: int | None = None
+    """longest response: of the pairs (a longer one is cut) and of the evaluation's samples"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples for the evaluation: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out pairs, at most"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """padded tokens in one forward pass of the trainer"""
+
+    # DID
+    tiny_preset = dict(data="letters4")  # whose responses can all be listed
+    beta: float = 0.5
+    """how strongly the KL to the reference is held, in both parts (ours; the paper's is unconfirmed)"""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """of the margin beta z"""
+    label_smoothing: float = 0.0
+    """share of the pairs whose label is taken to be wrong (conservative DPO)"""
+    projected: bool = True
+    """the gradient never lowers the chosen responses' likelihood (the paper's DPO-PG); --no-projected: DPO"""
+    recovery_steps: int = 3000
+    """of Adam in part A (ours); 0: leave it out"""
+    did_prompts: int = 4
+    """held-out prompts whose entropies are measured after training (ours); 0: none"""
+    did_samples: int = 32
+    """per prompt, where the responses cannot be listed (paper, from a review); the estimate is rough; 0: leave it out"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def pair_loss(logp, ref_logp, mask, args):
+    """[2B, T] each, the B chosen rows first -> (loss per pair [B], to be minimised, stats per pair [B])."""
+    log_ratio = (logp - ref_logp).masked_fill(~mask, 0.0)
+    chosen, rejected = log_ratio.sum(1).chunk(2)  # a sum: a mean would make beta T times weaker
+    z = chosen - rejected
+
+    def loss(z):
+        if args.loss == "hinge":
+            return torch.relu(1 - args.beta * z)
+        if args.loss == "ipo":
+            return (z - 1 / (2 * args.beta)).square()
+        return -torch.nn.functional.logsigmoid(args.beta * z)
+
+    losses = (1 - args.label_smoothing) * loss(z) + args.label_smoothing * loss(-z)
+    return losses, dict(chosen_ratio=chosen, rejected_ratio=rejected, margin=z, reward_accuracy=(z > 0).float())
+
+
+# ---------------------------------------------------------------- part A: distributions over K outcomes
+
+
+def differential_information(logp, ref_logp):
+    """Log-probs [..., K] of all K outcomes -> log q [..., K], the normalised log-ratio."""
+    return (logp - ref_logp).log_softmax(-1)
+
+
+def rejected_sampler(ref_logp, target_logp, beta):
+    """[..., K] each -> log pi_l [..., K], with which pairs of pi_ref and pi_l prefer as beta log q of target to reference."""
+    return (ref_logp + beta * (ref_logp - target_logp)).log_softmax(-1)
+
+
+def entropy(logp):
+    """Log-probs [..., K] -> nats [...]."""
+    return torch.special.entr(logp.exp()).sum(-1)
+
+
+def divergence(logp, other):
+    """Log-probs [..., K] each -> their Jensen-Shannon divergence in nats [...]."""
+    return entropy((logp.exp() / 2 + other.exp() / 2).log()) - (entropy(logp) + entropy(other)) / 2
+
+
+def measures(logp, ref_logp):
+    """Log-probs [..., K] each -> {name: [...]}: the entropies of the policy and of q, in nats, and E_ref log pi / pi_ref."""
+    return dict(
+        entropy=entropy(logp),
+        entropy_q=entropy(differential_information(logp, ref_logp)),
+        ref_log_ratio=(ref_logp.exp() * (logp - ref_logp)).sum(-1),
+    )
+
+
+def recovery(ref_logp, target_logp, rejected_logp, beta, steps, lr=0.02):
+    """Trains a table of K logits [K], from the reference, on the exact expectation of each loss over pairs of an outcome of
+    the reference (chosen) and one of the rejected sampler -> {name of the loss: {measure: number}}."""
+    K, softplus = len(ref_logp), torch.nn.functional.softplus
+    weights = (ref_logp[:, None] + rejected_logp).exp().flatten()
+    i, j = torch.arange(K).repeat_interleave(K), torch.arange(K).repeat(K)
+    rows, mask = torch.cat([i, j]), torch.ones(2 * K * K, 1, dtype=torch.bool)
+
+    def ratio(**options):  # a loss of this script, on responses of one token
+        return lambda logp: pair_loss(logp[rows, None], ref_logp[rows, None], mask, Args(**dict(beta=beta) | options))[0]
+
+    def simpo(beta, gamma):  # arXiv 2405.14734, Eq. 6
+        return lambda logp: softplus(gamma - beta * (logp[i] - logp[j]))
+
+    def odds(logp):
+        return logp - torch.log1p(-logp.exp())
+
+    arms = {
+        "DPO": ratio(),
+        "DPO, 2 beta": ratio(beta=2 * beta),
+        "IPO": ratio(loss="ipo"),
+        "hinge": ratio(loss="hinge"),
+        "SimPO, no margin": simpo(beta, 0.0),
+        "SimPO": simpo(2.0, 1.0),  # its usual setting
+        "SLiC": lambda logp: torch.relu(1 - (logp[i] - logp[j])) - 0.1 * logp[i],  # arXiv 2305.10425, Eq. 1
+        "ORPO": lambda logp: softplus(odds(logp)[j] - odds(logp)[i]) * 0.1 - logp[i],  # arXiv 2403.07691, Eq. 6 and 7
+    }
+    logits = ref_logp.repeat(len(arms), 1).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses = torch.stack([weights @ arm(row) for arm, row in zip(arms.values(), logits.log_softmax(-1))])
+        losses.sum().backward()
+        optimizer.step()
+    logp, information = logits.detach().log_softmax(-1), differential_information(ref_logp, rejected_logp)
+    found = dict(
+        loss=torch.stack([weights @ arm(row) for arm, row in zip(arms.values(), logp)]),
+        js_target=divergence(logp, target_logp),
+        js_information=divergence((beta * differential_information(logp, ref_logp)).log_softmax(-1), information),
+        **measures(logp, ref_logp),
+    )
+    return {name: {k: v[n].item() for k, v in found.items()} for n, name in enumerate(arms)}
+
+
+# ---------------------------------------------------------------- part B: a language model
+
+
+def sampled_entropy(logp, ref_logp):
+    """Log-probs [..., K] of K responses sampled from the policy, under policy and reference -> estimate of H(q) [...]: q / pi
+    is 1 / pi_ref up to a constant. Its variance is huge for long responses, where one weight outgrows all others."""
+    log_z = (-ref_logp).logsumexp(-1, keepdim=True) - torch.zeros_like(logp).logsumexp(-1, keepdim=True)  # of the mean
+    return -((-ref_logp).softmax(-1) * (logp - ref_logp - log_z)).sum(-1)
+
+
+def project(grads, chosen_grads):
+    """Gradients of the loss, changed in place, and of the chosen responses' negative log-likelihood (lists of tensors, or of
+    this process's shards of them) -> the cosine between the two before."""
+
+    def dot(a, b):
+        wide = [torch.promote_types(x.dtype, torch.float32) for x in a]
+        total = sum((x.to(w) * y.to(w)).sum() for x, y, w in zip(a, b, wide))
+        return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()  # of shards: over all processes
+
+    inner, square = dot(grads, chosen_grads), dot(chosen_grads, chosen_grads)
+    cosine = inner / max((square * dot(grads, grads)) ** 0.5, 1e-30)
+    if inner < 0:
+        for g, h in zip(grads, chosen_grads):
+            g.sub_(h, alpha=inner / square)
+    return cosine
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import itertools
+    import json
+
+    from common import UserError, games, gpu, judge, models, preferences, rollout, runlog
+
+    args, config, device = runlog.prepare(__file__, args)
+    if min(args.recovery_steps, args.did_prompts, args.did_samples) < 0:
+        raise UserError("--recovery-steps, --did-prompts and --did-samples must be at least 0")
+    tokenizer = models.load_tokenizer(args)
+    data = preferences.load(args, config, tokenizer)
+    context = preferences.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context)
+
+    # Part A: 32 outcomes whose log-probs are standard normal, up to the normalisation. A resumed run has done it.
+    if args.recovery_steps and run.main and not (run.dir / "recovery.json").exists():
+        normal = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        outcomes, target = normal.log_softmax(-1)
+        found = recovery(outcomes, target, rejected_sampler(outcomes, target, args.beta), args.beta, args.recovery_steps)
+        said = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in measures(target, outcomes).items())
+        run.bar.write(f"which loss finds the target? JS to the reference {divergence(outcomes, target):.4f}, {said}")
+        run.bar.write(" " * 18 + "".join(f"{name.replace('_', ' '):>16}" for name in found["DPO"]))
+        for name, row in found.items():
+            run.bar.write(f"  {name:<16}" + "".join(f"{value:>16.5f}" for value in row.values()))
+        (run.dir / "recovery.json").write_text(json.dumps(found, indent=1))
+
+    policy = gpu.shard(models.load(args, device))
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine.sleep()
+
+    # The reference is the start: all its log-probs now, or the model itself beside the policy.
+    def frozen():
+        return gpu.shard(models.load(args, device, trainable=False))
+
+    reference = frozen() if args.ref == "live" else None
+    if args.ref == "cached":
+        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
+    if "before" not in run.state:
+        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+
+    while run.state["step"] < args.steps:
+        step = run.state["step"]
+        run.start_step()
+
+        # Update: one pass over the step's pairs, of which every process has its share.
+        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = runlog.Meter(), 0.0, 0
+        if args.projected:  # h, of the same pairs
+            for mb in preferences.micro_batches(pairs, data, args):
+                b = len(mb.weights)
+                logp, _ = policy(mb.ids[:b], mb.attention_mask[:b], mb.mask[:b])
+                (-logp.masked_fill(~mb.mask[:b], 0.0).sum(1) * mb.weights).sum().backward()
+            chosen_grads = [p.grad for p in policy.parameters() if p.grad is not None]
+            optimizer.zero_grad()
+        for mb in preferences.micro_batches(pairs, data, args):
+            logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
+            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            losses, stats = pair_loss(logp, ref_logp, mb.mask, args)
+            micro_loss = (losses * mb.weights).sum()
+            micro_loss.backward()
+            loss += micro_loss.item()
+            tokens += int(mb.mask[mb.real.repeat(2)].sum())
+            meter.add(stats, mb.real)
+            meter.add(dict(entropy=entropy), mb.mask & mb.real.repeat(2)[:, None])
+        if args.projected:
+            cosine = project([p.grad for p in policy.parameters() if p.grad is not None], chosen_grads)
+            meter.note(chosen_cosine=cosine, projections=float(cosine < 0))
+        grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+        if run.finite(gpu.total(loss), grad_norm):
+            optimizer.step()
+        optimizer.zero_grad()
+        meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        run.timed("update")
+
+        run.state["step"] = step + 1
+        run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
+        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            engine.sync()
+            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
+            run.save(policy, optimizer)
+        if run.stopping(policy, optimizer):
+            break
+    else:
+        engine.sync()
+        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        run.save(policy, optimizer)
+
+        # Part B: given that a response is one of those that can be listed, exact; elsewhere from samples.
+        prompts = list({p.text: p for p in data.test}.values())[: args.did_prompts]
+        listed = args.data == "letters4"
+        if prompts and (listed or args.did_samples):
+            if listed:
+                texts = ["".join(letters) for letters in itertools.product(games.LETTERS[:8], repeat=4)]
+                every = tokenizer(texts, add_special_tokens=False)["input_ids"]
+                rows = [(p.prompt, ids + [tokenizer.eos_token_id]) for p in prompts for ids in every]
+            else:
+                drawn, _ = judge.sample(engine, prompts, data, tokenizer, args, args.did_samples, 2)
+                rows = [(prompts[i].prompt, ids) for i, ids, _ in drawn]
+            both = (preferences.logp_of(model, rows, args) for model in (policy, reference or frozen()))
+            logp, ref_logp = (torch.stack([x.double().sum() for x in some]).view(len(prompts), -1) for some in both)
+            if listed:
+                found, ref = dict(mass=logp.logsumexp(1).exp()), ref_logp.log_softmax(1)
+                found |= measures(logp.log_softmax(1), ref) | dict(reference_entropy=measures(ref, ref)["entropy"])
+            else:
+                found = dict(entropy=-logp.mean(1), entropy_q=sampled_entropy(logp, ref_logp))
+            if run.main:
+                said = ", ".join(f"{name.replace('_', ' ')} {v.mean():.3f}" for name, v in found.items())
+                what = "responses" if listed else "samples (a rough estimate)"
+                run.bar.write(f"  over {logp.shape[1]:,} {what} to {len(prompts)} prompts: {said}")
+                found = {name: v.tolist() for name, v in found.items()}
+                (run.dir / "did.json").write_text(json.dumps(dict(exact=listed, prompts=[p.text for p in prompts], **found)))
+        run.end(judge.sentence(run.state["before"], after))
+    engine.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))
