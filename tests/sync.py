@@ -134,8 +134,13 @@ def _three_way(mine, old, theirs):
 
 def table():
     """README's table of methods."""
+
+    def family(name):
+        base = differs((ALGOS / f"{name}.py").read_text())[0]
+        return family(base) if base else name
+
     rows = ["| script | paper | differs from | in | changed lines |", "|---|---|---|---|---|"]
-    for name in sorted(scripts(), key=lambda n: (n != "grpo", n)):
+    for name in sorted(scripts(), key=lambda n: (family(n) != "grpo", family(n), n != family(n), n)):
         text = (ALGOS / f"{name}.py").read_text()
         title = ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".")
         title = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", title)
