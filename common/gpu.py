@@ -213,7 +213,7 @@ def memory_plan(config, args, n_parameters, context, capacity=None, ranks=None):
         "gradients": trained * size / ranks,
         "optimizer": trained * state / ranks,
         "activations": (H * size * tokens * L + per_layer) if args.gradient_checkpointing else per_layer * L,
-        "logits chunk": 3 * 1024 * V * 4 + 1024 * V * size,
+        "logits chunk": (2 * 4 + size) * 2**27 + 4 * H * V,  # models.HeadLogp, with the head's gradient in float32
     }
     pairs = hasattr(args, "pairs_per_step")
     frozen = getattr(args, "ref", "live") == "live" if pairs else args.beta > 0  # a reference in memory

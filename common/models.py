@@ -314,8 +314,8 @@ class Policy(nn.Module):
 
 
 def head_rows(n_vocabulary):
-    """Positions whose logits exist at a time: 2^26 numbers (256 MiB in float32) at most."""
-    return max(16, 2**26 // n_vocabulary)
+    """Positions whose logits exist at a time: 2^25 numbers (128 MiB in float32); 2^27 on a GPU, which wants larger matrices."""
+    return max(16, 2 ** (27 if torch.cuda.is_available() else 25) // n_vocabulary)
 
 
 class HeadLogp(torch.autograd.Function):

@@ -187,24 +187,11 @@ def collate(rows, device):
     return ids.to(device), attention.to(device), attention[:, S0:].to(device)
 
 
-def cuts(sizes, budget):
-    """sizes [(prompt tokens, response tokens)] -> the items' numbers in lists of at most `budget` padded tokens (one item may
-    have more), the long ones first. Every rank gets equally many lists (FSDP needs it), empty ones where it has fewer."""
-    out, widest = [], (0, 0)
-    for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
-        widest = tuple(map(max, widest, sizes[i]))
-        if not out or sum(widest) * (len(out[-1]) + 1) > budget:
-            out.append([])
-            widest = sizes[i]
-        out[-1].append(i)
-    return out + [[]] * (gpu.maximum(len(out)) - len(out))
-
-
 def micro_batches(pairs, data, args):
     """Batches of at most args.micro_batch_tokens padded tokens; a pair is never torn. Their weights make the sum of the losses
     the mean over the pairs of all ranks' minibatch."""
     sizes = [(len(p.prompt), max(len(p.chosen), len(p.rejected))) for p in pairs]
-    for cut in cuts(sizes, args.micro_batch_tokens // 2):
+    for cut in rollout.cuts(sizes, args.micro_batch_tokens // 2):
         some, device = [pairs[i] for i in cut] or pairs[:1], gpu.device()
         both = [(p.prompt, p.chosen) for p in some] + [(p.prompt, p.rejected) for p in some]
         ids, attention, mask = collate(both, device)
@@ -221,7 +208,7 @@ def logp_of(model, rows, args, **reading):
     """Log-probs under `model` of every token of the responses: [(prompt ids, response ids)] -> [[T_i]], on the CPU; or the
     first thing that `reading` (read=..., beside=...; see models.Policy) asks for. The work is shared out over the ranks."""
     mine, out = list(range(len(rows)))[gpu.rank() :: gpu.world()], {}
-    for cut in cuts([tuple(map(len, rows[i])) for i in mine], args.micro_batch_tokens):
+    for cut in rollout.cuts([tuple(map(len, rows[i])) for i in mine], args.micro_batch_tokens):
         logp, *_ = model(*collate([rows[mine[k]] for k in cut] or rows[:1], gpu.device()), **reading)
         out |= {mine[k]: values[: len(rows[mine[k]][1])] for k, values in zip(cut, logp.cpu())}
     for m in (model, *reading.get("beside", ())):

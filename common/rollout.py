@@ -84,22 +84,31 @@ class Rollout:
         """Cuts rows [b] into micro-batches of at most `budget` padded tokens, sorted by length, so that ragged batches
         cost what their tokens cost. Every rank yields equally many (FSDP needs it): ranks that run out repeat a row
         with weight 0."""
-        lengths = self.attention_mask[rows].sum(1)
-        cuts, current, widest = [], [], 0
-        for i in lengths.argsort(descending=True, stable=True).tolist():
-            widest = max(widest, int(lengths[i]))
-            if current and widest * (len(current) + 1) > budget:
-                cuts.append(current)
-                current, widest = [], int(lengths[i])
-            current.append(i)
-        cuts += [current] if current else []
-        for i in range(gpu.maximum(len(cuts))):
-            if i < len(cuts):
-                yield self.take(rows[torch.tensor(cuts[i], device=rows.device)])
+        T = self.mask.shape[1]
+        sizes = torch.stack([self.attention_mask[rows, :-T].sum(1), self.mask[rows].sum(1)], 1).tolist()
+        for cut in cuts(sizes, budget):
+            if cut:
+                yield self.take(rows[torch.tensor(cut, device=rows.device)])
             else:
                 idle = self.take(torch.zeros(1, dtype=torch.int64, device=self.ids.device))
                 idle.mask, idle.weights = idle.mask & False, idle.weights * 0 if idle.weights is not None else None
                 yield idle
+
+
+def cuts(sizes, budget, waste=128):
+    """sizes [(prompt tokens, completion tokens)] -> the items' numbers in lists of at most `budget` padded tokens (one item may
+    have more), the long ones first. A list ends, too, where its padding would cost more than a pass of its own does, about
+    `waste` tokens. Every rank gets equally many lists (FSDP needs it), empty ones where it has fewer."""
+    out, widest, tokens = [], (0, 0), 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sum(sizes[i])):
+        wider, tokens = tuple(map(max, widest, sizes[i])), tokens + sum(sizes[i])
+        padded = sum(wider) * (len(out[-1]) + 1) if out else 0
+        if not out or padded > budget or padded - tokens > waste:
+            out.append([])
+            wider, tokens = tuple(sizes[i]), sum(sizes[i])
+        out[-1].append(i)
+        widest = wider
+    return out + [[]] * (gpu.maximum(len(out)) - len(out))
 
 
 @torch.no_grad()

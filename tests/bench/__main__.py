@@ -4,8 +4,9 @@ python -m tests.bench                                       all CPU sizes, five 
 python -m tests.bench --sizes 230k --pairs 2                a quick look
 python -m tests.bench --sizes qwen2.5-0.5b qwen2.5-1.5b --dtype bfloat16 --prompts 64      on a GPU
 An environment of its own with trl 1.16.0 beside the pinned torch and transformers is made once under runs/cache/bench; both
-sides run in it, one process at a time, A B A B. What the work is: tests/bench/worker.py. Ratios are ours to TRL's (of seconds
-and bytes TRL's to ours, so that more is better everywhere), one for every pair; median, least and greatest are printed.
+sides run in it, one process at a time, A B A B. What the work is: tests/bench/worker.py. Ratios are ours to TRL's (of bytes
+TRL's to ours, so that more is better everywhere), one for every pair; median, least and greatest are printed. A step is
+counted in its tokens per second, since lengths are drawn.
 """
 
 import json
@@ -34,7 +35,7 @@ class Options:
     pairs: int = 5
     """runs of each side, in turn"""
     prompts: int = 0
-    """per rollout; 0: 8, and 4 for the sizes of 60M"""
+    """per rollout; 0: 8 for 230k, 2 for the sizes of 60M, else 4"""
     dtype: str = "float32"
     profile: bool = False
     """instead of comparing: where the time of one of our updates goes, by operation"""
@@ -67,7 +68,7 @@ def ratios(ours, trl):
     """One per pair, more is better."""
     memory = "gpu_peak" if ours[0]["gpu_peak"] else "peak"
     out = {k: [a[k] / b[k] for a, b in zip(ours, trl)] for k in ("rollout_tokens_per_s", "update_tokens_per_s")}
-    out["step"] = [b["step"] / a["step"] for a, b in zip(ours, trl)]
+    out["step"] = [a["step_tokens_per_s"] / b["step_tokens_per_s"] for a, b in zip(ours, trl)]
     out["peak"] = [b[memory] / a[memory] for a, b in zip(ours, trl)]
     return out
 
@@ -83,17 +84,16 @@ def table(results):
         r = found["ratios"]
         cells = [band(r[k]) for k in ("rollout_tokens_per_s", "update_tokens_per_s", "step", "peak")]
         rows.append(f"| {size} | " + " | ".join(cells) + " |")
-    heads = ["model", "side", "rollout tokens/s", "update tokens/s", "step, s", "rollout, scoring, update", "GiB", "6 N FLOPs"]
+    heads = ["model", "side", "rollout tokens/s", "update tokens/s", "step tokens/s", "rollout, scoring, update", "GiB", "6 N"]
     rows += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for size, found in results.items():
         for side in ("ours", "trl"):
             runs = found[side]
-            at = {k: statistics.median(r[k] for r in runs) for k in ("rollout_tokens_per_s", "update_tokens_per_s", "step",
-                                                                      "peak", "update_flops_share")}  # fmt: skip
+            at = {k: statistics.median(r[k] for r in runs) for k in runs[0] if k.endswith(("per_s", "share")) and k != "share"}
             share = [statistics.median(r["share"][k] for r in runs) for k in ("rollout", "scoring", "update")]
             peak = statistics.median(r["gpu_peak"] or r["peak"] for r in runs) / 2**30
-            cells = [size, side, f"{at['rollout_tokens_per_s']:,.0f}", f"{at['update_tokens_per_s']:,.0f}", f"{at['step']:.2f}",
-                     ", ".join(f"{s:.0%}" for s in share), f"{peak:.2f}", f"{at['update_flops_share']:.0%}"]  # fmt: skip
+            rates = [f"{at[f'{k}_tokens_per_s']:,.0f}" for k in ("rollout", "update", "step")]
+            cells = [size, side, *rates, ", ".join(f"{s:.0%}" for s in share), f"{peak:.2f}", f"{at['update_flops_share']:.0%}"]
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -113,15 +113,16 @@ def main(options):
         return
     results = {}
     for size in options.sizes:
-        prompts = options.prompts or (4 if size.startswith("60M") else 8)
+        prompts = options.prompts or (8 if size == "230k" else 2 if size.startswith("60M") else 4)
         sides = dict(ours=[], trl=[])
         for pair in range(options.pairs):
             for side, runs in sides.items():
                 runs.append(run(python, side, size, options, prompts))
                 r = runs[-1]
-                print(f"{size} {pair + 1}/{options.pairs} {side}: rollout {r['rollout_tokens_per_s']:,.0f} and update "
-                      f"{r['update_tokens_per_s']:,.0f} tokens/s, step {r['step']:.2f} s, peak {r['peak'] / 2**30:.2f} GiB, "
-                      f"matmul {r['matmul'] / 1e9:,.0f} GFLOP/s", flush=True)  # fmt: skip
+                rates = ", ".join(f"{k} {r[f'{k}_tokens_per_s']:,.0f}" for k in ("rollout", "update", "step"))
+                more = f"{r['length']:.0f} tokens a completion, peak {r['peak'] / 2**30:.2f} GiB"
+                print(f"{size} {pair + 1}/{options.pairs} {side}: tokens/s {rates}; {more}; matmul {r['matmul'] / 1e9:,.0f} "
+                      "GFLOP/s", flush=True)  # fmt: skip
         results[size] = dict(sides, ratios=ratios(**sides))
     text = table(results)
     print(text)

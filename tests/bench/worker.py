@@ -40,7 +40,7 @@ class Work:
     group: int = 8
     updates: int = 2
     """optimizer steps on each rollout"""
-    rollouts: int = 3
+    rollouts: int = 2
     """the first one is not measured"""
     rows: int = 8
     """completions in a forward pass of the trainer, at their longest"""
@@ -272,7 +272,8 @@ def main(work):
     print(json.dumps(dict(
         side=work.side, size=work.size, parameters=N, matmul=rate, peak=peak, start=before, gpu_peak=gpu_peak,
         rollout_tokens_per_s=total["tokens"] / total["rollout"], update_tokens_per_s=total["tokens"] / total["update"],
-        step=total["step"] / len(rows), share={k: total[k] / total["step"] for k in ("rollout", "scoring", "update")},
+        step_tokens_per_s=total["tokens"] / total["step"],
+        share={k: total[k] / total["step"] for k in ("rollout", "scoring", "update")},
         tokens=total["tokens"], length=total["length"] / len(rows),
         update_flops_share=6 * N * total["tokens"] / total["update"] / rate,
     )))  # fmt: skip
