@@ -263,6 +263,22 @@ def test_seeds_differ():
     assert len(seeds) == 5 * 40 * 64 and all(0 <= s < 2**63 for s in seeds)
 
 
+@pytest.mark.parametrize(
+    "sizes, budget, waste, expected",
+    [
+        ([(2, 8)] * 5, 20, 128, [[0, 1], [2, 3], [4]]),  # the budget
+        ([(2, 8), (2, 98), (2, 8)], 10**6, 128, [[1, 0], [2]]),  # 90 wasted tokens are cheaper than a pass, 180 are not
+        ([(2, 8), (2, 98), (2, 8)], 10**6, 200, [[1, 0, 2]]),
+        ([(50, 10), (10, 50)], 10**6, 128, [[0, 1]]),  # padded to 50 + 50 each: 80 wasted
+        ([(50, 10), (10, 50)], 10**6, 79, [[0], [1]]),
+        ([(2, 500)], 100, 128, [[0]]),  # an item larger than the budget goes alone
+        ([], 100, 128, []),
+    ],
+)
+def test_where_micro_batches_end(sizes, budget, waste, expected):
+    assert rollout.cuts(sizes, budget, waste) == expected
+
+
 # ---------------------------------------------------------------- the loop
 
 
