@@ -122,10 +122,9 @@ def draw(results, rows, path, x):
 
     styles = [(c, s) for s in ("-", "--") for c in plt.get_cmap("tab10").colors]
     looks = dict(zip(dict.fromkeys(parts(item)[2] for item in results), styles))
-    width = 3.4 if len(rows[0][2]) > 2 else 5.4
-    size = (width * len(rows[0][2]) + 1.2, 2.9 * len(rows) + 0.6 if len(rows) > 1 else 3.6)
-    if sum(len(panels) for _, _, panels in rows) == 4:
-        size = (12, 7.5)
+    beside = 0.7 + 0.08 * max(map(len, looks))  # inches for the legend
+    wide, high = (3.4, 2.9) if len(rows[0][2]) > 2 else (5.4, 3.6)
+    size = (wide * len(rows[0][2]) + beside, high * len(rows) + 0.5)
     figure, axes = plt.subplots(len(rows), len(rows[0][2]), figsize=size, squeeze=False)
     labels = {}
     for line_of_axes, (title, items, panels) in zip(axes, rows):
@@ -140,7 +139,7 @@ def draw(results, rows, path, x):
                     continue
                 labels[label] = axis.plot(steps, [statistics.mean(v) for v in values], line, color=colour, lw=1.6)[0]
                 axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12)
-            axis.set_title(f"{title}: {name}" if title else name, fontsize=10)
+            axis.set_title(f"{title}: {name}" if title else name, fontsize=9)
             axis.grid(alpha=0.25)
             if metric == "approx_kl":
                 axis.set_yscale("log")
@@ -149,7 +148,7 @@ def draw(results, rows, path, x):
     seeds = len(next(iter(results.values())))
     figure.suptitle(f"mean over {seeds} seed{'s' * (seeds > 1)}; the band spans the seeds", fontsize=10)
     figure.legend(labels.values(), labels, loc="center right", fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - 1.2 / size[0], 1))
+    figure.tight_layout(rect=(0, 0, 1 - beside / size[0], 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
