@@ -10,7 +10,7 @@ Objective, to be minimised (1 + on the chosen side, 1 - on the rejected one; no 
 The proof needs f > 0; the official code does not enforce it, nor does this one: see negative_weights. As there, the beta inside
 r_hat is the loss's; in the paper it is the guide's. A guide that has made both responses less likely, as DPO does, weights the
 rejected one more (rejected_weight, chosen_weight): then the loss also falls when everything becomes less likely. The tiny model
-shows it on letters: at alpha 0.5 its responses shrink and it does worse than DPO, at 0.1 about as well.
+shows it on letters, where it does worse than DPO; a small alpha is the remedy that the proof asks for.
 
 Differs from dpo.py in: pair_loss, train
 Costs: a run of DPO for the guide, here a short one; one forward pass of it over the data, kept like the reference's.
