@@ -61,7 +61,7 @@ def four_heads(folder):
 @pytest.fixture(scope="module")
 def engines():
     args = SimpleNamespace(model="tiny", task="addition", dtype="float32", lora_rank=0, gradient_checkpointing=False,
-                           vllm_memory=0.4, temperature=0.7, micro_batch_tokens=4096, seed=0, group_size=4,
+                           vllm_memory=0.4, vllm_tp=1, temperature=0.7, micro_batch_tokens=4096, seed=0, group_size=4,
                            max_new_tokens=28, format_reward=0.0)  # fmt: skip
     tokenizer = models.load_tokenizer(args)
     policy = models.load(args, torch.device("cpu"))
