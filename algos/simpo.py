@@ -157,8 +157,7 @@ def train(args):
         run.timed("update")
 
         run.state["step"] = step + 1
-        shown = dict(loss="loss", reward_accuracy="acc", margin="margin", chosen_reward="chosen", entropy="H")
-        run.write(meter.result(), int(gpu.total(tokens)), shown)
+        run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             engine.sync()
             judge.evaluate(engine, policy, frozen(), data, tokenizer, run)

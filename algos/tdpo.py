@@ -133,9 +133,12 @@ def train(args):
     engine.sleep()
 
     # The reference is the start, beside the policy: the KL needs its whole distributions.
-    reference = gpu.shard(models.load(args, device, trainable=False))
+    def frozen():
+        return gpu.shard(models.load(args, device, trainable=False))
+
+    reference = frozen()
     if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference, data, tokenizer, run)
+        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
     while run.state["step"] < args.steps:
         step = run.state["step"]
@@ -164,14 +167,14 @@ def train(args):
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
         if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             engine.sync()
-            judge.evaluate(engine, policy, reference, data, tokenizer, run)
+            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
         if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
             run.save(policy, optimizer)
         if run.stopping(policy, optimizer):
             break
     else:
         engine.sync()
-        after = judge.evaluate(engine, policy, reference, data, tokenizer, run)
+        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
         run.save(policy, optimizer)
         run.end(judge.sentence(run.state["before"], after))
     engine.close()

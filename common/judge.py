@@ -8,7 +8,7 @@ import torch
 from common import gpu, preferences, rollout
 
 # What the bar shows of a step's metrics.
-SHOWN = dict(loss="loss", reward_accuracy="acc", margin="margin", chosen_ratio="chosen", entropy="H")
+SHOWN = dict(loss="loss", reward_accuracy="acc", margin="margin", chosen_ratio="chosen", chosen_reward="reward", entropy="H")
 
 
 def evaluate(engine, policy, reference, data, tokenizer, run, samples=4):

@@ -191,8 +191,8 @@ class Run:
             self._show(batch)
 
     def write(self, metrics, tokens, keys):
-        """The metrics of the step just done and its timing to file and TensorBoard, and to the bar those that are named in
-        `keys` {metric: its short name}. `tokens`: trained on, of all ranks."""
+        """The metrics of the step just done and its timing to file and TensorBoard, and to the bar those of them that
+        `keys` {metric: its short name} names. `tokens`: trained on, of all ranks."""
         metrics, t = dict(metrics), self.times
         times = {k: metrics.pop(k) for k in [k for k in metrics if k.startswith("time/")]}
         metrics = dict(step=self.state["step"], **metrics, tokens=tokens, skipped_updates=self.state["skipped"])
@@ -208,7 +208,7 @@ class Run:
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name != "step":
                 self.board.add_scalar(name, value, metrics["step"])
-        text = " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items())
+        text = " ".join(f"{short} {metrics[k]:.2f}" for k, short in keys.items() if k in metrics)
         text += f" {metrics['time/tokens_per_s']:,.0f} tok/s"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(1)

@@ -229,6 +229,14 @@ def test_games(name):
     assert all(len(w) == len(y) for q in data.train for w, y in zip(q.gold, (q.chosen, q.rejected)))
 
 
+def test_online_prompts_of_letters_have_the_plain_tag():
+    """The warm start is shown the better and worse variants, too; none of a held-out prompt."""
+    task = games.task("letters")
+    assert {e.prompt[1] for e in task.train + task.test} == {"n"} and {e.prompt[1] for e in task.shown} == {"+", "-"}
+    assert {e.prompt[2:] + e.prompt[0] for e in task.shown} == {e.prompt[2:] + e.prompt[0] for e in task.train}
+    assert len(task.shown) == 2 * len(task.train) and len({e.id for e in task.train + task.test + task.shown}) == 9344
+
+
 def test_chain_knows_the_wrong_token():
     game = games.chain()
     assert game.worth("12345678=", "13605186") == [0, 0, 0, 0, 0, 0, 0, 0] and game.reward("12345678=", "13605186") == 1

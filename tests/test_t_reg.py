@@ -9,6 +9,7 @@ from algos import dpo, t_reg, tgdpo
 from common import games, models, preferences
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
+from tests.test_tgdpo import loss_and_gradient
 
 CLOSE = dict(rtol=0, atol=1e-6)
 T_REG = ROOT / "algos" / "t_reg.py"
@@ -21,14 +22,6 @@ def prompted():
     logp, ref_logp, mask = example()
     better_logp = torch.tensor([[-0.2, -0.9, -0.5], [-1.5, -1.0, 0.0]])
     return logp, ref_logp, better_logp, torch.tensor([[-0.8, -0.7, -0.5], [-0.5, -1.2, 0.0]]), mask
-
-
-def loss_and_gradient(script, *tensors, **settings):
-    """-> losses, stats, gradient with respect to the first tensor."""
-    leaf = tensors[0].detach().clone().requires_grad_()
-    losses, stats = script.pair_loss(leaf, *tensors[1:], script.Args(**settings))
-    losses.sum().backward()
-    return losses.detach(), {k: v.detach() for k, v in stats.items()}, leaf.grad
 
 
 def random_pairs(seed=0):
