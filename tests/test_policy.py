@@ -154,10 +154,12 @@ def test_a_completion_depends_on_its_seed_alone(tiny):
     tokenizer, policy, task = tiny
     engine = rollout.HF(policy, tokenizer, rows=8)
     prefixes = [e.ids for e in task.train[:5]]
-    together = engine.generate(prefixes, 4, 28, 1.0, [10, 11, 12, 13, 14])
-    alone = engine.generate(prefixes[3:4], 4, 28, 1.0, [13])
-    assert [c[0] for c in together[12:16]] == [c[0] for c in alone]
-    other = engine.generate(prefixes[3:4], 4, 28, 1.0, [99])
+    together = engine.generate(prefixes, 4, 28, 2.0, [10, 11, 12, 13, 14])  # hot, so that they end at different times
+    assert len({len(ids) for ids, _, _ in together}) > 3
+    for i, prefix in enumerate(prefixes):
+        alone = engine.generate([prefix], 4, 28, 2.0, [10 + i])
+        assert [c[0] for c in together[4 * i : 4 * i + 4]] == [c[0] for c in alone]
+    other = engine.generate(prefixes[4:], 4, 28, 2.0, [99])
     assert [c[0] for c in other] != [c[0] for c in alone]
 
 
