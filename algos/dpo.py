@@ -71,7 +71,7 @@ class Args:
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
-    """padded tokens in one forward pass of the trainer"""
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # DPO
     beta: float = 0.3

@@ -83,7 +83,7 @@ class Args:
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
-    """padded tokens in one forward pass of the trainer"""
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # GMPO
     eps: float = 0.4

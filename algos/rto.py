@@ -88,7 +88,7 @@ class Args:
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
-    """padded tokens in one forward pass of the trainer"""
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # RTO
     tiny_preset = dict(
@@ -202,19 +202,20 @@ class Critic(torch.nn.Module):
     """A language model whose head is replaced by one of width 1, zero at first: V_t is read where token t is predicted, like
     its log-prob. Called as the policy is; forward -> values [b, T], wide, 0 where mask is False, and None."""
 
-    def __init__(self, lm):
+    def __init__(self, policy):
         super().__init__()
-        self.lm = lm
+        self.policy, lm = policy, policy.lm
         lm.lm_head = torch.nn.Linear(lm.config.hidden_size, 1, bias=False, device=lm.device, dtype=lm.dtype)
         torch.nn.init.zeros_(lm.lm_head.weight)
 
+    @property
+    def lm(self):
+        return self.policy.lm
+
     def forward(self, ids, attention_mask, mask, temperature=1.0):
-        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        hidden = self.lm.model(
-            input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        values = self.lm.lm_head(hidden[:, -mask.shape[1] - 1 : -1]).squeeze(-1)
-        return values.to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~mask, 0.0), None
+        values = self.lm.lm_head(self.policy(ids, attention_mask, mask, states=True)).squeeze(-1)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        return values.new_zeros(mask.shape).masked_scatter(mask, values), None
 
 
 def dpo_loss(logp, ref_logp, mask, args):
@@ -295,7 +296,7 @@ def train(args):
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False))
     optimizer = gpu.make_optimizer(policy, args)
-    critic = gpu.shard(Critic(models.load(args, device).lm))
+    critic = gpu.shard(Critic(models.load(args, device)))
     critic_optimizer = gpu.make_optimizer(critic, replace(args, lr=10 * args.lr if args.value_lr is None else args.value_lr))
     run.extra["critic"] = critic, critic_optimizer
     run.restore(policy, optimizer)

@@ -280,6 +280,67 @@ def _supervise(task, tokenizer, recipe):
 # ---------------------------------------------------------------- loading
 
 
+class Packing:
+    """How a padded batch ids [b, S], attention_mask [b, S], its completions in the last T positions, goes through a model as N
+    tokens: padding is left out, and a prompt that several rows share is read once.
+
+    keep [b, S]: the positions that are read; positions [N]: each one's place in its sequence; number [b, S]: which of the N
+    tokens stands at a position (anything where there is none); rows: the sequences as attention sees them, [n, length] token
+    numbers each, those of like length together; place [N]: where in the concatenated rows a token's own output stands."""
+
+    def __init__(self, ids, attention_mask, T):
+        (b, S), device, each = ids.shape, ids.device, torch.arange(len(ids), device=ids.device)
+        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        prompts = ids[:, :-T].where(attention_mask[:, :-T], -1)
+        _, group = prompts.unique(dim=0, return_inverse=True)
+        first = torch.full_like(group, b).scatter_reduce(0, group, each, "amin")[group]  # the row that reads a row's prompt
+        self.keep = attention_mask.clone()
+        self.keep[:, :-T] &= (first == each)[:, None]
+        self.number = (self.keep.flatten().cumsum(0) - 1).clamp(min=0).view(b, S)
+        self.number[:, :-T] = self.number[first, :-T]
+        self.positions = positions[self.keep]
+        order = (~attention_mask).byte().argsort(dim=1, stable=True)
+        aligned = self.number.gather(1, order)  # to the left: causal attention then needs no mask
+        start, self.rows, begun = torch.zeros(b, dtype=torch.int64, device=device), [], 0
+        lengths = attention_mask.sum(1).tolist()
+        for some in buckets(lengths, waste=256):  # a call costs about as much
+            width, some = max(1, lengths[some[0]]), torch.tensor(some, device=device)
+            self.rows.append(aligned[some, :width])
+            start[some] = begun + width * torch.arange(len(some), device=device)
+            begun += width * len(some)
+        self.place = (start[:, None] + positions)[self.keep]
+
+
+def buckets(sizes, waste):
+    """sizes [n] -> the items' numbers, large ones first, in lists that end before padding to the largest exceeds `waste`."""
+    out, padding = [], 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        more = sizes[out[-1][0]] - sizes[i] if out else 0
+        if not out or padding + more > waste:
+            out.append([])
+            padding = more = 0
+        padding += more
+        out[-1].append(i)
+    return out
+
+
+def packed_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, packing=None, **kwargs):
+    """Attention for transformers' models: over the sequences of a Packing where one is given, query [1, heads, N, width], else
+    torch's own over a padded batch."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    heads = query.shape[1]
+    flat = [(x.shape[1], x[0].transpose(0, 1).flatten(1)) for x in (query, key, value)]  # [N, heads * width] each
+    out = []
+    for rows in packing.rows:  # embedding() picks rows as indexing does, with a backward pass that is quick on a CPU
+        q, k, v = (nn.functional.embedding(rows, x).unflatten(-1, (n, -1)).transpose(1, 2) for n, x in flat)
+        out.append(sdpa_attention_forward(module, q, k, v, None, dropout, scaling)[0].flatten(2).flatten(0, 1))
+    out = nn.functional.embedding(packing.place, torch.cat(out) if len(out) > 1 else out[0])
+    return out.view(1, -1, heads, value.shape[3]), None
+
+
 class Policy(nn.Module):
     """A causal language model that returns what is asked of its next-token distributions, not its logits.
 
@@ -289,19 +350,39 @@ class Policy(nn.Module):
     `read` asks for something else: read(targets [n], logits [n, V], ...) -> a tuple of [n], with the logits of this model and
     of each frozen model in `beside`; forward then returns these as [b, T]. states=True returns the hidden states [N, H]
     behind the N tokens of the mask.
-    Only the masked positions go through the head, some at a time, recomputed in the backward pass: [b, T, V] never exists."""
+    Padding does not pass through the model, and a prompt does once for all rows that have it (see Packing). Only the masked
+    positions go through the head, some at a time, recomputed in the backward pass: [b, T, V] never exists."""
 
     def __init__(self, lm):
         super().__init__()
-        self.lm = lm
+        self.lm, config = lm, lm.config
+        kinds = set(getattr(config, "layer_types", None) or ()) | {"full_attention"}
+        plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
+        self.packs = plain and config._attn_implementation in ("sdpa", "packed")
+        if self.packs:
+            from transformers import AttentionInterface, AttentionMaskInterface
+            from transformers.masking_utils import sdpa_mask
+
+            AttentionInterface.register("packed", packed_attention)
+            AttentionMaskInterface.register("packed", sdpa_mask)
+            lm.set_attn_implementation("packed")
+
+    def hidden_states(self, ids, attention_mask, mask):
+        """[N, H]: what the N tokens of the mask are predicted from."""
+        T = mask.shape[1]
+        if not self.packs:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            out = self.lm.model(input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
+            return out.last_hidden_state[:, -T - 1 : -1][mask]
+        packing = Packing(ids, attention_mask, T)
+        out = self.lm.model(
+            input_ids=ids[packing.keep][None], position_ids=packing.positions[None], packing=packing, use_cache=False,
+            attention_mask=mask.new_ones(1, 1, 1, 1),  # four dimensions: transformers makes none of its own
+        )  # fmt: skip
+        return nn.functional.embedding(packing.number[:, -T - 1 : -1][mask], out.last_hidden_state[0])
 
     def forward(self, ids, attention_mask, mask, temperature=1.0, read=None, beside=(), states=False):
-        T = mask.shape[1]
-        positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        hidden = self.lm.model(
-            input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        hidden, targets = hidden[:, -T - 1 : -1][mask], ids[:, -T:][mask]
+        hidden, targets = self.hidden_states(ids, attention_mask, mask), ids[:, -mask.shape[1] :][mask]
         if states:
             return hidden
         if read is None:

@@ -188,10 +188,10 @@ def collate(rows, device):
 
 
 def micro_batches(pairs, data, args):
-    """Batches of at most args.micro_batch_tokens padded tokens; a pair is never torn. Their weights make the sum of the losses
+    """Batches of at most args.micro_batch_tokens tokens; a pair is never torn. Their weights make the sum of the losses
     the mean over the pairs of all ranks' minibatch."""
-    sizes = [(len(p.prompt), max(len(p.chosen), len(p.rejected))) for p in pairs]
-    for cut in rollout.cuts(sizes, args.micro_batch_tokens // 2):
+    sizes = [(len(p.prompt), len(p.chosen) + len(p.rejected)) for p in pairs]
+    for cut in rollout.cuts(sizes, [tuple(p.prompt) for p in pairs], args.micro_batch_tokens):
         some, device = [pairs[i] for i in cut] or pairs[:1], gpu.device()
         both = [(p.prompt, p.chosen) for p in some] + [(p.prompt, p.rejected) for p in some]
         ids, attention, mask = collate(both, device)
@@ -208,7 +208,8 @@ def logp_of(model, rows, args, **reading):
     """Log-probs under `model` of every token of the responses: [(prompt ids, response ids)] -> [[T_i]], on the CPU; or the
     first thing that `reading` (read=..., beside=...; see models.Policy) asks for. The work is shared out over the ranks."""
     mine, out = list(range(len(rows)))[gpu.rank() :: gpu.world()], {}
-    for cut in rollout.cuts([tuple(map(len, rows[i])) for i in mine], args.micro_batch_tokens):
+    sizes, prompts = [tuple(map(len, rows[i])) for i in mine], [tuple(rows[i][0]) for i in mine]
+    for cut in rollout.cuts(sizes, prompts, args.micro_batch_tokens):
         logp, *_ = model(*collate([rows[mine[k]] for k in cut] or rows[:1], gpu.device()), **reading)
         out |= {mine[k]: values[: len(rows[mine[k]][1])] for k, values in zip(cut, logp.cpu())}
     for m in (model, *reading.get("beside", ())):

@@ -130,6 +130,85 @@ def test_policy_equals_transformers_logits(tiny):
     assert not logp[~batch.mask].any() and logp.shape == (24, T)
 
 
+# ---------------------------------------------------------------- packing
+
+
+def wide_model(kind="qwen2", **changes):
+    """A random float64 Policy with fewer key than query heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(kind, **sizes | changes)
+    return models.Policy(AutoModelForCausalLM.from_config(config).double())
+
+
+def ragged_batch(groups=(0, 0, 1, 1, 1, 2, 0), lengths=(9, 1, 30, 5, 5, 0, 22), prompts=(7, 3, 12)):
+    """Rows in any order whose prompts are shared, the second prompt the end of the first, with garbage in the padding."""
+    g = torch.Generator().manual_seed(0)
+    S0, T = max(prompts), max(lengths)
+    text = [torch.randint(3, 60, (n,), generator=g) for n in prompts]
+    text[1] = text[0][-prompts[1] :]
+    ids = torch.randint(3, 60, (len(groups), S0 + T), generator=g)
+    attention, mask = torch.zeros(ids.shape).bool(), torch.arange(T) < torch.tensor(lengths)[:, None]
+    for i, group in enumerate(groups):
+        ids[i, S0 - prompts[group] : S0] = text[group]
+        attention[i, S0 - prompts[group] : S0] = True
+    attention[:, S0:] = mask
+    return ids, attention, mask
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("waste", [0, 256, 10**6])
+def test_a_packed_pass_equals_the_padded_one(kind, waste, monkeypatch):
+    """Log-probs, entropies and every gradient, with attention in buckets of one row, of like rows, and of all rows."""
+    buckets = models.buckets
+    monkeypatch.setattr(models, "buckets", lambda sizes, **_: buckets(sizes, waste))
+    policy, close = wide_model(kind), dict(rtol=1e-5, atol=2e-6)  # transformers' norms work in 32 bits
+    if kind == "qwen3_moe":  # torch multiplies groups of matrices in 32 bits at most
+        policy = wide_model(kind, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16).float()
+        close = dict(rtol=1e-3, atol=1e-5)
+    ids, attention, mask = ragged_batch()
+    upstream = torch.randn(mask.shape, generator=torch.Generator().manual_seed(2))
+    results = []
+    for policy.packs in (True, False):
+        policy.zero_grad()
+        logp, entropy = policy(ids, attention, mask, 0.7)
+        (logp * upstream).sum().backward()
+        results.append((logp, entropy, *(p.grad.clone() for p in policy.parameters())))
+    assert results[0][0].abs().max() > 1 and all(x.abs().max() > 0 for x in results[0])
+    for packed, padded in zip(*results):
+        torch.testing.assert_close(packed, padded, **close)
+
+
+def test_what_passes_through_the_layers():
+    """Each prompt once, each completion token once, no padding."""
+    policy, seen = wide_model(), []
+    policy.lm.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    ids, attention, mask = ragged_batch()
+    policy(ids, attention, mask)
+    assert seen == [(1, 7 + 3 + 12 + int(mask.sum()), 32)]
+
+
+def test_a_sliding_window_is_not_packed():
+    """Where a model's attention forgets, the padded way is taken: a token's log-prob must not depend on what lies outside."""
+    policy = wide_model("mistral", sliding_window=4)
+    ids, attention, mask = ragged_batch()
+    assert not policy.packs and wide_model("mistral", sliding_window=None).packs
+    other = ids.clone()
+    other[:, 5] = (ids[:, 5] + 1) % 50 + 3  # the first token of the first prompt: two layers of windows reach 6 tokens on
+    before, after = (policy(x, attention, mask)[0] for x in (ids, other))
+    moved = (before - after).abs().max(0).values > 0
+    assert moved[0] and not moved[1:].any()
+
+
+def test_the_packed_attention_is_not_written_into_a_saved_model(tmp_path):
+    policy = wide_model()
+    policy.lm.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+
+
 # ---------------------------------------------------------------- rollouts
 
 
@@ -163,6 +242,55 @@ def test_a_completion_depends_on_its_seed_alone(tiny):
     assert [c[0] for c in other] != [c[0] for c in alone]
 
 
+def test_the_growing_cache_is_transformers_own():
+    """Any order of appending, repeating and selecting: the same keys and values; room is made before a write, not after."""
+    from transformers import DynamicCache
+
+    g = torch.Generator().manual_seed(0)
+    config = models.tiny_config()
+    caches = rollout.growing_cache(config), DynamicCache(config=config)
+
+    def both(method, *a):
+        out = [getattr(c, method)(*a) for c in caches]
+        for layer in range(2):
+            found, expected = (c.layers[layer] for c in caches)
+            if expected.is_initialized:
+                assert torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values), method
+        assert caches[0].get_seq_length() == caches[1].get_seq_length()
+        return out
+
+    def append(rows, n):
+        for layer in range(2):
+            keys, values = torch.randn(2, rows, 3, n, 8, generator=g)
+            (a, b), (c, d) = both("update", keys, values, layer)
+            assert torch.equal(a, c) and torch.equal(b, d)
+
+    append(3, 5)
+    both("batch_repeat_interleave", 4)
+    for n in (1, 1, 90, 1):
+        append(12, n)
+    both("batch_select_indices", torch.tensor([0, 11, 2, 3, 10, 5, 6, 7, 8]))
+    for _ in range(70):
+        append(9, 1)
+    both("batch_select_indices", torch.tensor([4, 1, 0]))  # places that are read after they have been written over
+    append(3, 1)
+
+
+def test_large_layers_are_packed_while_sampling():
+    """The same numbers as the plain product, of the weights as they are now; small ones and other types stay."""
+    torch.manual_seed(0)
+    lm = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.Linear(512, 8), torch.nn.Linear(512, 512).bfloat16())
+    x = torch.randn(3, 5, 512)
+    for _ in range(2):
+        expected = lm[0](x)
+        with rollout.packed_linears(lm), torch.no_grad():
+            assert ["forward" in vars(m) for m in lm] == [torch.backends.mkldnn.is_available(), False, False]
+            torch.testing.assert_close(lm[0](x), expected, rtol=1e-5, atol=1e-5)
+            assert not lm[0](x).requires_grad
+        assert not any("forward" in vars(m) for m in lm) and lm[0](x).requires_grad
+        lm[0].weight.data.mul_(-2.0)
+
+
 def test_tokens_in_tokens_out(tiny):
     """What is trained on is what was sampled: EOS inside the mask, nothing after it, truncation said and scored as wrong."""
     tokenizer, _, task = tiny
@@ -191,7 +319,9 @@ def test_micro_batches_hold_every_row_once_within_the_budget(tiny):
     for budget in (40, 90, 10**6):
         seen = []
         for mb in batch.micro_batches(rows, budget):
-            assert mb.ids.numel() <= budget or len(mb.ids) == 1
+            T = mb.mask.shape[1]
+            prompts = {tuple(i[m].tolist()) for i, m in zip(mb.ids[:, :-T], mb.attention_mask[:, :-T])}
+            assert sum(map(len, prompts)) + int(mb.mask.sum()) <= budget or len(mb.ids) == 1
             assert mb.attention_mask.any(0).all() and mb.mask.any(0).all()  # trimmed: no column is all padding
             seen += [tuple(i[m].tolist()) for i, m in zip(mb.ids, mb.attention_mask)]
         assert sorted(seen) == sorted(tuple(batch.ids[r][batch.attention_mask[r]].tolist()) for r in rows)
@@ -266,19 +396,32 @@ def test_seeds_differ():
 
 
 @pytest.mark.parametrize(
-    "sizes, budget, waste, expected",
+    "sizes, prompts, budget, expected",
     [
-        ([(2, 8)] * 5, 20, 128, [[0, 1], [2, 3], [4]]),  # the budget
-        ([(2, 8), (2, 98), (2, 8)], 10**6, 128, [[1, 0], [2]]),  # 90 wasted tokens are cheaper than a pass, 180 are not
-        ([(2, 8), (2, 98), (2, 8)], 10**6, 200, [[1, 0, 2]]),
-        ([(50, 10), (10, 50)], 10**6, 128, [[0, 1]]),  # padded to 50 + 50 each: 80 wasted
-        ([(50, 10), (10, 50)], 10**6, 79, [[0], [1]]),
-        ([(2, 500)], 100, 128, [[0]]),  # an item larger than the budget goes alone
-        ([], 100, 128, []),
+        ([(2, 8)] * 5, "abcde", 20, [[0, 1], [2, 3], [4]]),  # prompts of their own: 10 tokens each
+        ([(2, 8)] * 5, "aaaaa", 20, [[0, 1], [2, 3], [4]]),  # 18 tokens, and a third completion would make 26
+        ([(2, 8)] * 5, "aaaaa", 26, [[0, 1, 2], [3, 4]]),
+        ([(2, 8)] * 5, "ababa", 26, [[0, 2, 4], [1, 3]]),  # completions of a prompt come together
+        ([(2, 5), (4, 50), (2, 9)], "aba", 10**6, [[1, 2, 0]]),  # the longest prompt's first, longest first
+        ([(2, 500), (2, 8)], "aa", 100, [[0], [1]]),  # an item larger than the budget goes alone
+        ([], "", 100, []),
     ],
 )
-def test_where_micro_batches_end(sizes, budget, waste, expected):
-    assert rollout.cuts(sizes, budget, waste) == expected
+def test_where_micro_batches_end(sizes, prompts, budget, expected):
+    assert rollout.cuts(sizes, prompts, budget) == expected
+
+
+@pytest.mark.parametrize(
+    "sizes, waste, expected",
+    [
+        ([8, 98, 8], 100, [[1, 0], [2]]),  # one is padded by 90
+        ([8, 98, 8], 180, [[1, 0, 2]]),
+        ([5, 5, 4], 0, [[0, 1], [2]]),
+        ([], 100, []),
+    ],
+)
+def test_buckets(sizes, waste, expected):
+    assert models.buckets(sizes, waste) == expected
 
 
 # ---------------------------------------------------------------- the loop

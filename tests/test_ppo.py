@@ -112,7 +112,7 @@ def test_critic_reads_the_position_before_the_token():
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    critic = ppo.Critic(AutoModelForCausalLM.from_config(models.tiny_config()))
+    critic = ppo.Critic(models.Policy(AutoModelForCausalLM.from_config(models.tiny_config())))
     ids = torch.randint(3, 78, (2, 9))
     attention, mask = torch.ones(2, 9).bool(), torch.ones(2, 4).bool()
     attention[1, :2], attention[1, 8], mask[1, 3] = False, False, False

@@ -161,7 +161,9 @@ def test_pairs_stay_together(budget):
     seen, weight = [], 0.0
     for mb in preferences.micro_batches(pairs, data, args):
         b = len(mb.weights)
-        assert mb.ids.numel() <= budget or b == 1
+        some = [pairs[r // 2] for r in mb.columns["row"][:b, 0].long().tolist()]
+        responses = sum(len(p.chosen) + len(p.rejected) for p in some)
+        assert responses + sum(map(len, {tuple(p.prompt) for p in some})) <= budget or b == 1
         first = mb.columns["row"][:, 0].long()
         assert torch.equal(first[b:], first[:b] + 1) and mb.real.all()
         assert mb.mask.sum(1).tolist() == [lengths[r] for r in first.tolist()]
