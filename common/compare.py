@@ -4,9 +4,11 @@ python -m common.compare grpo sapo --seeds 3                        runs/compare
 python -m common.compare grpo sapo --seeds 3 --out runs/reference/x -- --steps 60 --lr 3e-4
 python -m common.compare dpo@letters simpo@letters dpo@chain cdpo@chain cdpo@chain,kappa=0 -- --eval-every 50
 What follows -- goes to every script. What follows @ is the --data of a script that learns from pairs, or the --task of an
-online one, and what follows a comma another flag of that script alone. A run that is there and finished is not made again.
+online one, and what follows a comma another flag of that script alone. A run that is there and finished is not made again,
+unless the code has changed since.
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -51,13 +53,22 @@ def from_pairs(item):
     return "\n    pairs_per_step:" in (ROOT / "algos" / f"{parts(item)[0]}.py").read_text()
 
 
+def code(script):
+    """Digest of what makes a run: the script and common/."""
+    digest = hashlib.sha256()
+    for path in (ROOT / "algos" / f"{script}.py", *sorted((ROOT / "common").glob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def run(item, seed, extra, core):
     """One run in a process of its own -> its folder. `core`: the CPU cores it may use, or None for all."""
     script, data, _, flags = parts(item)
     extra = [*([("--data" if from_pairs(item) else "--task"), data] if data else []), *flags, *extra]
     name = "-".join([script, str(seed), *[a.lstrip("-").replace("/", "_") for a in extra]])
     folder = ROOT / "runs" / "compare" / name
-    if not (folder / "done").exists():
+    finished = (folder / "done").read_text().splitlines() if (folder / "done").exists() else []
+    if finished[1:] != [code(script)]:
         if folder.exists():
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -67,8 +78,9 @@ def run(item, seed, extra, core):
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{script}.py with seed {seed} failed: {last}")
-        (folder / "done").write_text(done.stdout.strip().splitlines()[-1] + "\n")
-    print(f"{name}: {(folder / 'done').read_text().strip()}", flush=True)
+        finished = [done.stdout.strip().splitlines()[-1], code(script)]
+        (folder / "done").write_text("\n".join(finished) + "\n")
+    print(f"{name}: {finished[0]}", flush=True)
     return folder
 
 

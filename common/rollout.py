@@ -290,9 +290,10 @@ def packed_linears(lm):
             del m.forward
 
 
-def growing_cache(config):
-    """transformers' DynamicCache with room to grow: a new token is written behind the others, where the original copies the
-    whole cache to append it. batch_select_indices moves only the rows whose place changes. Sliding windows stay as they are."""
+def growing_cache(config, most):
+    """transformers' DynamicCache with room to grow, up to `most` tokens: a new token is written behind the others, where the
+    original copies the whole cache to append it. batch_select_indices moves only the rows whose place changes. Layers with a
+    sliding window stay as they are."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     class Layer(DynamicLayer):
@@ -306,8 +307,8 @@ def growing_cache(config):
                 self.lazy_initialization(keys, values)
             old, rows, end = self.keys.shape[2], len(keys), self.keys.shape[2] + keys.shape[2]
             if end > self.buffers[0].shape[2] or rows > len(self.buffers[0]):
-                kept = self.keys, self.values
-                self.buffers = tuple(x.new_empty(*x.shape[:2], end + max(64, end // 2), x.shape[3]) for x in (keys, values))
+                kept, room = (self.keys, self.values), max(end, min(most, end + max(64, end // 2)))
+                self.buffers = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
                 for buffer, x in zip(self.buffers, kept):
                     buffer[:, :, :old] = x
             for buffer, x in zip(self.buffers, (keys, values)):
@@ -375,7 +376,7 @@ class HF:
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=self.device)
         streams = [torch.Generator().manual_seed(s) for s in seeds]  # the CPU's, so that every device draws the same
         uniform = torch.cat([torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in streams]).to(self.device)
-        end, cache = torch.tensor(self.end, device=self.device), growing_cache(self.lm.config)
+        end, cache = torch.tensor(self.end, device=self.device), growing_cache(self.lm.config, width + max_new_tokens)
 
         def logits_after(ids):
             positions = (attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -26,10 +26,30 @@ def test_mistakes(scripts, complaint):
 
 def fake(folder, last, metrics, evals):
     folder.mkdir(parents=True)
-    (folder / "done").write_text(last + "\n")
+    (folder / "done").write_text(f"{last}\n{compare.code(folder.name.partition('-')[0])}\n")
     (folder / "config.json").write_text(json.dumps(dict(versions=dict(torch="2"), args=dict(data="chain"))))
     for name, rows in (("metrics", metrics), ("evals", evals)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_a_finished_run_is_made_again_where_the_code_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    script, other = tmp_path / "algos" / "toy.py", tmp_path / "common" / "games.py"
+    for path in (script, other):
+        path.parent.mkdir()
+    other.write_text("")
+    toy = "import pathlib, sys\nfolder = pathlib.Path(sys.argv[-1])\nfolder.mkdir(parents=True, exist_ok=True)\n(folder / 'x').touch()\n"
+    toy += "with open('log', 'a') as log: print(1, file=log)\nprint('greedy accuracy 0.1 -> {} on 8')\n"
+    expected = []
+    for text, library, after in ((toy.format(0.5), "", 0.5), (toy.format(0.7), "", 0.7), (toy.format(0.7), "x = 1", 0.7)):
+        script.write_text(text)
+        other.write_text(library)
+        expected.append("1")
+        for _ in range(2):  # the second time it is there
+            folder = compare.run("toy", 1, [], None)
+            (folder / "metrics.jsonl").touch()
+            assert compare.read(folder) == ([], 0.1, after)
+            assert (tmp_path / "log").read_text().split() == expected
 
 
 def test_pairs(tmp_path, monkeypatch, capsys):

@@ -138,14 +138,16 @@ def main(options):
                 print(f"{size}: {name} {got:.2f}, goal {goal}: {'reached' if got >= goal else 'missed'}")
     if options.out:
         command = "python -m tests.bench " + " ".join(sys.argv[1:])
-        ask = "from importlib.metadata import version as v; print(*map(v, ('torch', 'transformers', 'trl')))"
-        versions = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.split()
-        record = dict(command=command, processor=processor(), cores=os.cpu_count(),
-                      versions=dict(zip(("torch", "transformers", "trl"), versions)), results=results)  # fmt: skip
+        ask = "from importlib.metadata import version as v; print(*map(v, ('torch', 'transformers', 'trl')))\n"
+        ask += "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+        versions, device = subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.splitlines()
+        versions, device = versions.split(), device or f"{processor()}, {os.cpu_count()} cores"
+        record = dict(command=command, device=device, results=results,
+                      versions=dict(zip(("torch", "transformers", "trl"), versions)))  # fmt: skip
         out = Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".json").write_text(json.dumps(record) + "\n")
-        out.with_suffix(".md").write_text(f"`{command.strip()}` on {record['processor']}, {record['cores']} cores\n\n{text}\n")
+        out.with_suffix(".md").write_text(f"`{command.strip()}` on {device}\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ FLOPS, HBM, MEMORY = 989e12, 3.35e12, 80e9
 NVLINK, NETWORK = 450e9, 50e9  # bytes/s of a GPU, one way: inside a node, and 400 Gbit/s to other nodes
 MFU, DECODE, LINK = 0.5, 0.6, 0.8
 # Work of a step: the preset's prompts and completions; a mean length, and the longest, which the rollout waits for.
-PROMPTS, GROUP, PROMPT, MEAN, LONGEST = 128, 8, 200, 600, 1024
+PROMPTS, GROUP, MINIBATCHES, PROMPT, MEAN, LONGEST = 128, 8, 4, 200, 600, 1024
 # name: parameters, width, layers, heads, key-value heads, vocabulary (Qwen2.5's config.json), GPUs, vLLM's GPUs per engine
 MODELS = {
     "7B": (7.6e9, 3584, 28, 28, 4, 152064, 8, 1),
@@ -40,10 +40,12 @@ def step(N, H, L, heads, kv_heads, V, gpus, tp):
     waves = max(1, math.ceil(rows * cache / room))
     together = rows / waves
     token = (2 * N + together * cache) / (tp * HBM * DECODE)  # a decoding step reads the weights and the cache once
-    tokens = PROMPTS * GROUP * (PROMPT + MEAN)
+    # The trainer reads a prompt once for those of its completions that are in the same minibatch (models.Packing).
+    read = MINIBATCHES * (1 - (1 - 1 / MINIBATCHES) ** GROUP)
+    tokens = PROMPTS * (GROUP * MEAN + read * PROMPT)
     seconds = dict(
         rollout=waves * LONGEST * token,
-        scoring=2 * N * tokens / (gpus * FLOPS * MFU),
+        scoring=2 * N * PROMPTS * (GROUP * MEAN + PROMPT) / (gpus * FLOPS * MFU),
         update=8 * N * tokens / (gpus * FLOPS * MFU),  # 6 N, and 2 N more as activations are computed again
     )
     # Every pass gathers the sharded weights, and the gradients are summed; hidden behind the update where it is shorter.
