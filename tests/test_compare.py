@@ -38,7 +38,7 @@ def test_a_finished_run_is_made_again_where_the_code_has_changed(tmp_path, monke
     for path in (script, other):
         path.parent.mkdir()
     other.write_text("")
-    toy = "import pathlib, sys\nfolder = pathlib.Path(sys.argv[-1])\nfolder.mkdir(parents=True, exist_ok=True)\n(folder / 'x').touch()\n"
+    toy = "import pathlib, sys\nfolder = pathlib.Path(sys.argv[-1])\nfolder.mkdir(parents=True, exist_ok=True)\n"
     toy += "with open('log', 'a') as log: print(1, file=log)\nprint('greedy accuracy 0.1 -> {} on 8')\n"
     expected = []
     for text, library, after in ((toy.format(0.5), "", 0.5), (toy.format(0.7), "", 0.7), (toy.format(0.7), "x = 1", 0.7)):
