@@ -67,8 +67,8 @@ def run(item, seed, extra, core):
     extra = [*([("--data" if from_pairs(item) else "--task"), data] if data else []), *flags, *extra]
     name = "-".join([script, str(seed), *[a.lstrip("-").replace("/", "_") for a in extra]])
     folder = ROOT / "runs" / "compare" / name
-    finished = (folder / "done").read_text().splitlines() if (folder / "done").exists() else []
-    if finished[1:] != [code(script)]:
+    finished, now = (folder / "done").read_text().splitlines() if (folder / "done").exists() else [], code(script)
+    if finished[1:] != [now]:
         if folder.exists():
             for path in sorted(folder.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -78,7 +78,7 @@ def run(item, seed, extra, core):
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{script}.py with seed {seed} failed: {last}")
-        finished = [done.stdout.strip().splitlines()[-1], code(script)]
+        finished = [done.stdout.strip().splitlines()[-1], now]
         (folder / "done").write_text("\n".join(finished) + "\n")
     print(f"{name}: {finished[0]}", flush=True)
     return folder

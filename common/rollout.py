@@ -97,8 +97,8 @@ class Rollout:
 
 def cuts(sizes, prompts, budget):
     """sizes [(prompt tokens, completion tokens)], prompts [anything that tells them apart] -> the items' numbers in lists of at
-    most `budget` tokens (one item may have more), the long ones first. A list's items share their prompt, which counts once:
-    see models.Packing. Every rank gets equally many lists (FSDP needs it), empty ones where it has fewer."""
+    most `budget` tokens (one item may have more), the long ones first. A prompt that a list's items have in common counts once
+    (models.Packing). Every rank gets equally many lists (FSDP needs it), empty ones where it has fewer."""
     length, first = {}, {}
     for i, (size, prompt) in enumerate(zip(sizes, prompts)):
         length[prompt] = max(length.get(prompt, 0), sum(size))
@@ -274,8 +274,8 @@ def draw(logits, uniform, temperature):
 
 @contextlib.contextmanager
 def packed_linears(lm):
-    """Inside, the large float32 linear layers of `lm` on a CPU work on copies of their weights in oneDNN's own layout: for the
-    few rows of a decoding step twice as fast as torch's plain product, which is slow far below a matrix's full height."""
+    """Inside, the large float32 linear layers of `lm` on a CPU work on copies of their weights in oneDNN's own layout, since
+    torch's plain product is slow where a matrix has the few rows of a decoding step."""
     layers = []
     if torch.backends.mkldnn.is_available():
         layers = [m for m in lm.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= 2**17]
@@ -306,7 +306,7 @@ def growing_cache(config, most):
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
             old, rows, end = self.keys.shape[2], len(keys), self.keys.shape[2] + keys.shape[2]
-            if end > self.buffers[0].shape[2] or rows > len(self.buffers[0]):
+            if end > self.buffers[0].shape[2]:
                 kept, room = (self.keys, self.values), max(end, min(most, end + max(64, end // 2)))
                 self.buffers = tuple(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
                 for buffer, x in zip(self.buffers, kept):
@@ -315,6 +315,10 @@ def growing_cache(config, most):
                 buffer[:rows, :, old:end] = x
             self.keys, self.values = (buffer[:rows, :, :end] for buffer in self.buffers)
             return self.keys, self.values
+
+        def batch_repeat_interleave(self, repeats):
+            super().batch_repeat_interleave(repeats)
+            self.buffers = self.keys, self.values
 
         def batch_select_indices(self, indices):
             moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)

@@ -248,7 +248,7 @@ def test_the_growing_cache_is_transformers_own():
 
     g = torch.Generator().manual_seed(0)
     config = models.tiny_config()
-    caches = rollout.growing_cache(config, 150), DynamicCache(config=config)
+    caches = rollout.growing_cache(config, 400), DynamicCache(config=config)
 
     def both(method, *a):
         out = [getattr(c, method)(*a) for c in caches]
@@ -274,7 +274,10 @@ def test_the_growing_cache_is_transformers_own():
         append(9, 1)
     both("batch_select_indices", torch.tensor([4, 1, 0]))  # places that are read after they have been written over
     append(3, 1)
-    assert caches[0].layers[0].buffers[0].shape[2] == 169  # 168 tokens were 150 at most: what is needed, no more
+    both("batch_repeat_interleave", 3)  # fits into what was there before, which must not be written to
+    append(9, 1)
+    append(9, 200)  # 370 tokens: room for half as many again, but not for more than was said
+    assert caches[0].layers[0].buffers[0].shape[2] == 400
 
 
 def test_large_layers_are_packed_while_sampling():
