@@ -401,22 +401,26 @@ def head_rows(n_vocabulary):
 
 class HeadLogp(torch.autograd.Function):
     """(hidden [N, H], head weight [V, H], targets [N], temperature) -> logp [N] of the targets and entropy [N] (nats, no
-    gradient) of softmax(hidden weight' / temperature), in float32 at least. A chunk's logits live in one buffer, are made again
-    in the backward pass, and turn there into their own gradient: g (onehot - softmax)."""
+    gradient) of softmax(hidden weight' / temperature), in float32 at least. All chunks have their logits in one buffer (on a
+    CPU new memory costs more than the work in it). They are made again in the backward pass, and turn there into their own
+    gradient: g (onehot - softmax)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature=1.0):
-        wide, rows = torch.promote_types(hidden.dtype, torch.float32), head_rows(len(weight))
+        rows, wide = head_rows(len(weight)), torch.promote_types(hidden.dtype, torch.float32)
         logp, entropy, normalizer = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
+        buffer, spare = (_buffer(hidden, weight) for _ in range(2))
         for i in range(0, len(hidden), rows):
             at = slice(i, i + rows)
-            logits = (hidden[at] @ weight.T).to(wide)
-            logits.div_(temperature) if temperature != 1 else None
-            normalizer[at] = logits.logsumexp(-1)
-            logits.sub_(normalizer[at, None])
-            logp[at] = logits.gather(-1, targets[at, None]).squeeze(-1)
-            p = logits.exp()
-            entropy[at] = -p.mul_(logits.clamp_(min=-1e4)).sum(-1)  # 0 log 0 = 0
+            z = _logits(hidden[at], weight, temperature, buffer)
+            top = z.amax(-1)
+            z.sub_(top[:, None])
+            p = torch.exp(z, out=spare[: len(z)])
+            total = p.sum(-1)
+            log_total = total.log()
+            normalizer[at] = top + log_total
+            logp[at] = z.gather(-1, targets[at, None]).squeeze(-1) - log_total
+            entropy[at] = log_total - p.mul_(z.clamp_(min=-1e4)).sum(-1) / total  # clamped: 0 log 0 = 0
         ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -425,25 +429,38 @@ class HeadLogp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, targets, normalizer = ctx.saved_tensors
-        wide, rows = normalizer.dtype, head_rows(len(weight))
+        rows, wide = head_rows(len(weight)), normalizer.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
+        buffer = _buffer(hidden, weight)
         for i in range(0, len(hidden), rows):
             at = slice(i, i + rows)
-            logits = (hidden[at] @ weight.T).to(wide)
-            logits.div_(ctx.temperature) if ctx.temperature != 1 else None
             g = grad[at, None] / ctx.temperature
-            logits.sub_(normalizer[at, None]).exp_().mul_(-g)
-            logits.scatter_add_(-1, targets[at, None], g)
-            logits = logits.to(hidden.dtype)
+            z = _logits(hidden[at], weight, ctx.temperature, buffer)
+            z.sub_(normalizer[at, None]).exp_().mul_(-g)
+            z.scatter_add_(-1, targets[at, None], g)
+            z = z.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[at] = logits @ weight
+                grad_hidden[at] = z @ weight
             if grad_weight is not None:
                 if wide == hidden.dtype:
-                    grad_weight.addmm_(logits.T, hidden[at])  # without a second [V, H]
+                    grad_weight.addmm_(z.T, hidden[at])  # without a second [V, H]
                 else:
-                    grad_weight += logits.T @ hidden[at]
+                    grad_weight += z.T @ hidden[at]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _buffer(hidden, weight):
+    """Room for the logits of a chunk, [rows, V] in float32 at least."""
+    rows, wide = min(head_rows(len(weight)), len(hidden)), torch.promote_types(hidden.dtype, torch.float32)
+    return torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
+
+
+def _logits(hidden, weight, temperature, buffer):
+    """hidden [n, H] -> hidden weight' / temperature, [n, V], in the first n rows of the buffer."""
+    z = buffer[: len(hidden)]
+    torch.mm(hidden, weight.T, out=z) if z.dtype == hidden.dtype else z.copy_(hidden @ weight.T)
+    return z.div_(temperature) if temperature != 1 else z
 
 
 def head_read(read, targets, *models, temperature=1.0):

@@ -21,7 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GRPO = ROOT / "algos" / "grpo.py"
-CORE = {max(os.sched_getaffinity(0))}
+# One core for the children of this process; pytest-xdist's workers (gw0, gw1, ...) have different ones.
+CORES = sorted(os.sched_getaffinity(0), reverse=True)
+CORE = {CORES[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(CORES)]}
 LIMIT = 90  # seconds that one child may take
 PRELOAD = """pytest torch torch.utils.tensorboard torch.distributed.tensor torch.distributed.checkpoint.state_dict tqdm tyro
     filelock safetensors.torch transformers transformers.generation transformers.modeling_utils
@@ -137,6 +139,12 @@ def user_error(result):
 def lines(path):
     """Rows of a .jsonl file."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
+def logged(folder):
+    """Steps whose rows are whole in a folder's metrics.jsonl, also while it is being written: a reader may see half a line."""
+    path = Path(folder) / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def outcome(folder):

@@ -152,8 +152,8 @@ def test_every_own_field_is_read(script):
 # ---------------------------------------------------------------- runs
 
 SMALL = "--pairs-per-step 8 --eval-prompts 8 --checkpoint-every 1".split()
-# What makes the models that a method trains first small.
-FIRST = dict(tgdpo=["--guide-steps", 2], cdpo=["--ce-steps", 2])
+# What makes small what a method does before and after its steps.
+FIRST = dict(tgdpo=["--guide-steps", 2], cdpo=["--ce-steps", 2], did=["--recovery-steps", 20], r2q=["--beam-prompts", 16])
 
 
 @pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "dpo"])  # dpo's runs are tested at length in test_dpo.py

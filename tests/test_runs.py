@@ -200,11 +200,12 @@ def test_killed_in_a_step(whole, tmp_path):
     """And with a line of metrics cut short, as a kill in the middle of writing leaves it."""
     folder = tmp_path / "run"
     child = start(tmp_path, *SMALL, "--run-dir", folder)
-    assert child.until(lambda: len(lines(folder / "metrics.jsonl")) == 5), child.wait()
+    assert child.until(lambda: helpers.logged(folder) == 5), child.wait()
     child.process.kill()
     killed(child)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "loss": 0.0')
+    assert helpers.logged(folder) == 5
     assert "step-000004" in resumed(tmp_path, whole).out
     # what was logged before the kill is on the board, every step once
     rows = lines(folder / "metrics.jsonl")
@@ -244,7 +245,7 @@ def test_asked_to_stop(whole, tmp_path):
     """Ctrl-C; SIGTERM has the same handler."""
     folder = tmp_path / "run"
     child = start(tmp_path, *SMALL, "--run-dir", folder)
-    assert child.until(lambda: len(lines(folder / "metrics.jsonl")) == 3), child.wait()
+    assert child.until(lambda: helpers.logged(folder) == 3), child.wait()
     os.kill(child.pid, signal.SIGINT)
     done = child.wait()
     assert done.code == 0 and "Traceback" not in done.err
@@ -263,7 +264,7 @@ def test_asked_to_stop_in_the_last_step(whole, tmp_path):
     """By SIGTERM; the last evaluation is made up for by the resume."""
     folder = tmp_path / "run"
     child = start(tmp_path, *SMALL, "--run-dir", folder)
-    assert child.until(lambda: len(lines(folder / "metrics.jsonl")) == 5), child.wait()
+    assert child.until(lambda: helpers.logged(folder) == 5), child.wait()
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait().code == 0
     resumed_or_done = run(tmp_path, "--resume", folder)
