@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from algos import grpo
 from common import models, rollout, tasks
@@ -73,6 +74,29 @@ def test_head_keeps_no_logits(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             head()
         assert sum(saved) < 64 * 5000 / 2 + 4 * weight.numel()
+
+
+def test_head_keeps_its_chunks_in_one_place(monkeypatch):
+    """Whatever the number of chunks: two numbers per logit of one chunk in the forward pass, one in the backward pass."""
+    monkeypatch.setattr(models, "head_rows", lambda n_vocabulary: 16)
+    hidden, weight = torch.randn(60, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+
+    class Large(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = {}
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() >= 4 * 12 * 500:  # the last chunk has 12 rows
+                self.found[out.untyped_storage().data_ptr()] = out  # kept, so that no other can come to lie there
+            return out
+
+    with Large() as forward:
+        loss = models.HeadLogp.apply(hidden, weight, torch.zeros(60, dtype=torch.long))[0].sum()
+    with Large() as backward:
+        loss.backward()
+    assert len(forward.found) == 2 and len(backward.found) == 1
 
 
 def test_head_of_a_certain_token():

@@ -170,5 +170,6 @@ def test_a_guide_with_other_tokens(place, tmp_path):
     tokenizer = models.tiny_tokenizer()
     tokenizer.add_tokens(["<x>"])
     tokenizer.save_pretrained(tmp_path / "guide")
-    done = run(tmp_path, *place[1], "--guide", tmp_path / "guide", script=ROOT / "algos" / "tgdpo.py")
+    argv = *place[1], "--guide", tmp_path / "guide", "--run-dir", tmp_path / "run"
+    done = run(tmp_path, *argv, script=ROOT / "algos" / "tgdpo.py")
     assert f"--guide {tmp_path / 'guide'}: its tokenizer is another one than that of --model" in user_error(done)
