@@ -180,7 +180,7 @@ def test_a_dpo_model_that_is_given(whole, tmp_path):
     other = shutil.copytree(whole / "dpo", tmp_path / "other")
     tokens = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(tokens.replace('"a": ', '"ä": '))
-    assert "other tokens" in user_error(run(tmp_path, *SMALL, "--dpo-model", other, "--run-dir", tmp_path / "run", script=RTO))
+    assert "other tokens" in user_error(run(tmp_path, *SMALL, "--dpo-model", other, "--run-dir", tmp_path / "no", script=RTO))
 
 
 def test_every_flag_of_stage_1_changes_the_dpo_model(whole, tmp_path, monkeypatch):
