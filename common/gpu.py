@@ -162,7 +162,7 @@ def make_optimizer(policy, args):
     weights = [p for p in policy.parameters() if p.requires_grad]
     settings = dict(lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999))
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(weights, **settings, fused=True)  # on a CPU as well: a fourteenth of the time, no copies
+        return torch.optim.AdamW(weights, **settings, fused=True)  # on a CPU as well: without copies of the weights
     if args.optimizer == "adamw_8bit" and world() > 1:
         raise UserError("--optimizer adamw_8bit runs in one process only (torchao 0.18 cannot shard its states): use adamw_sr")
     from torchao import optim

@@ -401,15 +401,15 @@ def head_rows(n_vocabulary):
 
 class HeadLogp(torch.autograd.Function):
     """(hidden [N, H], head weight [V, H], targets [N], temperature) -> logp [N] of the targets and entropy [N] (nats, no
-    gradient) of softmax(hidden weight' / temperature), in float32 at least. All chunks have their logits in one buffer (on a
-    CPU new memory costs more than the work in it). They are made again in the backward pass, and turn there into their own
-    gradient: g (onehot - softmax)."""
+    gradient) of softmax(hidden weight' / temperature), in float32 at least. All chunks have their logits in one buffer, since
+    new memory is slow on a CPU. They are made again in the backward pass, and turn there into their own gradient:
+    g (onehot - softmax)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature=1.0):
         rows, wide = head_rows(len(weight)), torch.promote_types(hidden.dtype, torch.float32)
-        logp, entropy, normalizer = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3))
-        buffer, spare = (_buffer(hidden, weight) for _ in range(2))
+        logp, entropy, normalizer = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(3))
+        buffer, spare = (hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=wide) for _ in range(2))
         for i in range(0, len(hidden), rows):
             at = slice(i, i + rows)
             z = _logits(hidden[at], weight, temperature, buffer)
@@ -420,7 +420,7 @@ class HeadLogp(torch.autograd.Function):
             log_total = total.log()
             normalizer[at] = top + log_total
             logp[at] = z.gather(-1, targets[at, None]).squeeze(-1) - log_total
-            entropy[at] = log_total - p.mul_(z.clamp_(min=-1e4)).sum(-1) / total  # clamped: 0 log 0 = 0
+            entropy[at] = log_total - p.mul_(z).sum(-1) / total
         ctx.save_for_backward(hidden, weight, targets, normalizer)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -432,7 +432,7 @@ class HeadLogp(torch.autograd.Function):
         rows, wide = head_rows(len(weight)), normalizer.dtype
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if ctx.needs_input_grad[1] else None
-        buffer = _buffer(hidden, weight)
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(weight), dtype=wide)
         for i in range(0, len(hidden), rows):
             at = slice(i, i + rows)
             g = grad[at, None] / ctx.temperature
@@ -450,16 +450,13 @@ class HeadLogp(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _buffer(hidden, weight):
-    """Room for the logits of a chunk, [rows, V] in float32 at least."""
-    rows, wide = min(head_rows(len(weight)), len(hidden)), torch.promote_types(hidden.dtype, torch.float32)
-    return torch.empty(rows, len(weight), dtype=wide, device=hidden.device)
-
-
 def _logits(hidden, weight, temperature, buffer):
     """hidden [n, H] -> hidden weight' / temperature, [n, V], in the first n rows of the buffer."""
     z = buffer[: len(hidden)]
-    torch.mm(hidden, weight.T, out=z) if z.dtype == hidden.dtype else z.copy_(hidden @ weight.T)
+    if z.dtype == hidden.dtype:
+        torch.mm(hidden, weight.T, out=z)
+    else:
+        z.copy_(hidden @ weight.T)
     return z.div_(temperature) if temperature != 1 else z
 
 
