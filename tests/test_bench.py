@@ -27,33 +27,42 @@ def test_ratios_and_table():
 
 
 def test_our_side_runs_and_its_lengths_are_those_promised():
-    command = [sys.executable, "-m", "tests.bench.worker", "--size", "230k", "--prompts", "4"]
+    command = [sys.executable, "-m", "tests.bench.worker", "--size", "230k", "--prompts", "4", "--seed", "3"]
     done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, check=True)
     row = json.loads(done.stdout.splitlines()[-1])
-    assert row["tokens"] == pytest.approx(32 * row["length"]) and 100 < row["length"] < 172  # uniform 16..256: 136 +- 12
+    lengths = worker.draw_lengths(worker.Work(prompts=4, seed=3))
+    next(lengths)  # the first rollout is not measured
+    assert row["tokens"] == sum(next(lengths)) == 32 * row["length"]
     assert row["update_flops_share"] == pytest.approx(6 * row["parameters"] * row["update_tokens_per_s"] / row["matmul"])
     assert sum(row["share"].values()) == pytest.approx(1, abs=0.1)
 
 
 def test_lengths_are_uniform():
-    """The end's odds, multiplied out, are those of a uniform draw from 16..256; a model that never wants to end has to."""
+    lengths = next(worker.draw_lengths(worker.Work(prompts=500, group=8)))
+    assert min(lengths) == worker.LEAST and max(lengths) == worker.MOST
+    assert sum(lengths) / 4000 == pytest.approx(136, abs=4 * 241 / (12 * 4000) ** 0.5)  # four standard errors
 
+
+@pytest.mark.parametrize("drops", [True, False])  # as our sampler does with rows that have ended, and as transformers' does
+def test_every_length_is_written_once(drops):
     class Lm:
         def forward(self, past_key_values):
-            return type("Out", (), dict(logits=torch.zeros(1, 1, 10)))
+            return type("Out", (), dict(logits=torch.zeros(len(past_key_values.rows), 1, 10)))
 
     class Cache:
-        def __init__(self, t):
-            self.get_seq_length = lambda: worker.PROMPT + t - 1
+        def __init__(self, t, rows):
+            self.rows, self.get_seq_length = rows, lambda: worker.PROMPT + t - 1
 
-    lm, going, odds = Lm(), 1.0, []
-    with worker.ragged(lm):
-        for t in range(1, worker.MOST + 1):
-            p = lm.forward(past_key_values=Cache(t)).logits[0, 0].softmax(-1)[1].item()
-            odds.append(going * p)
-            going *= 1 - p
-    assert odds[: worker.LEAST - 1] == [0] * (worker.LEAST - 1)
-    assert odds[worker.LEAST - 1 :] == pytest.approx([1 / (worker.MOST + 1 - worker.LEAST)] * 241, rel=1e-3)
+    lm, lengths = Lm(), next(worker.draw_lengths(worker.Work(prompts=2)))
+    rows, written = list(range(16)), [0] * 16
+    with worker.ragged(lm, lengths):
+        for t in range(1, max(lengths) + 1):
+            end = lm.forward(past_key_values=Cache(t, rows)).logits[:, 0].softmax(-1)[:, 1].tolist()
+            assert set(end) <= {0.0, 1.0}
+            for row, p in zip(rows, end):
+                written[row] = written[row] or int(p) * t
+            rows = rows if not drops else [row for row, p in zip(rows, end) if not p][::-1]
+    assert sorted(written) == sorted(lengths)
 
 
 def test_both_ways_of_the_head_compute_the_same():

@@ -4,9 +4,9 @@ python -m tests.bench                                       all CPU sizes, five 
 python -m tests.bench --sizes 230k --pairs 2                a quick look
 python -m tests.bench --sizes qwen2.5-0.5b qwen2.5-1.5b --dtype bfloat16 --prompts 64      on a GPU
 An environment of its own with trl 1.16.0 beside the pinned torch and transformers is made once under runs/cache/bench; both
-sides run in it, one process at a time, A B A B. What the work is: tests/bench/worker.py. Ratios are ours to TRL's (of bytes
-TRL's to ours, so that more is better everywhere), one for every pair; median, least and greatest are printed. A step is
-counted in its tokens per second, since lengths are drawn.
+sides run in it, one process at a time, A B A B. What the work is: tests/bench/worker.py. A pair's number is its seed: both of
+its sides have the same prompts and completion lengths. Ratios are ours to TRL's (of bytes TRL's to ours, so that more is better
+everywhere), one for every pair; median, least and greatest are printed.
 """
 
 import json
@@ -55,9 +55,9 @@ def environment():
     return str(python)
 
 
-def run(python, side, size, options, prompts):
+def run(python, side, size, options, prompts, seed):
     argv = [python, "-m", "tests.bench.worker", "--side", side, "--size", size, "--dtype", options.dtype]
-    done = subprocess.run([*argv, "--prompts", str(prompts)], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([*argv, "--prompts", str(prompts), "--seed", str(seed)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | dict(HF_HUB_OFFLINE="1"))  # fmt: skip
     if done.returncode:
         sys.exit(f"{side} failed on {size}:\n{done.stderr[-3000:]}")
@@ -122,7 +122,7 @@ def main(options):
         sides = dict(ours=[], trl=[])
         for pair in range(options.pairs):
             for side, runs in sides.items():
-                runs.append(run(python, side, size, options, prompts))
+                runs.append(run(python, side, size, options, prompts, pair + 1))
                 r = runs[-1]
                 rates = ", ".join(f"{k} {r[f'{k}_tokens_per_s']:,.0f}" for k in ("rollout", "update", "step"))
                 more = f"{r['length']:.0f} tokens a completion, peak {r['peak'] / 2**30:.2f} GiB"

@@ -1,20 +1,23 @@
 """One run of GRPO on a random model, by this repository's script or by TRL's trainer, on the same work; started by
 tests/bench/__main__.py in a process of its own. Prints one line of JSON.
 
-The work: prompts of 32 characters; completion lengths uniform in 16..256, drawn by the model itself: while it generates, the
-logit of the end token is set so that the end comes with probability 1 / (257 - t) at token t >= 16. Both sides sample from it
-with a plain forward pass of transformers, both train on the model as it is.
+The work: prompts of 32 characters; completion lengths uniform in 16..256, drawn with the seed before anything runs, so that
+both sides write and train on as many tokens, and the logits of the end token are set so that completions end there. Both sample
+from the model with a plain forward pass of transformers, and train it as it is.
 """
 
 import contextlib
 import io
+import itertools
 import json
+import operator
 import os
 import random
 import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,21 +87,29 @@ def make_model(work, folder):
     return prompts, N
 
 
+def draw_lengths(work):
+    """Yields the completion lengths of every rollout in turn."""
+    rng = random.Random(work.seed)
+    while True:
+        yield [rng.randint(LEAST, MOST) for _ in range(work.prompts * work.group)]
+
+
 @contextlib.contextmanager
-def ragged(lm, end=1):
-    """Inside, `lm` ends its completions as the module's docstring says."""
+def ragged(lm, lengths, end=1):
+    """Inside, `lm` writes one completion of each of these lengths. Which row has which is left to chance: a sampler may
+    keep the rows that have ended, in their places, or drop them and move the others."""
     forward, own = lm.forward, "forward" in vars(lm)  # TRL sets one on the instance
+    ending, going, rng = Counter(lengths), set(range(len(lengths))), random.Random(0)
 
     def wrapped(*args, past_key_values=None, **kwargs):
         out = forward(*args, past_key_values=past_key_values, **kwargs)
         t, logits = past_key_values.get_seq_length() - PROMPT + 1, out.logits
         logits[..., end] = -torch.inf
-        if t >= MOST:
-            logits.fill_(-1e4)
-            logits[..., end] = 0.0
-        elif t >= LEAST:
-            odds = 1 / (MOST - t)
-            logits[..., end] = logits.float().logsumexp(-1).to(logits.dtype) + torch.tensor(odds).log().to(logits)
+        if ending[t]:
+            kept = len(logits) == len(lengths)
+            rows = rng.sample(sorted(going) if kept else range(len(logits)), ending[t])
+            logits[rows], logits[rows, :, end] = -1e4, 0.0
+            going.difference_update(rows)
         return out
 
     lm.forward = wrapped
@@ -126,11 +137,11 @@ def ours(work, folder, prompts):
         return task
 
     tasks.load = load
-    generate = rollout.HF._generate
+    generate, lengths = rollout.HF._generate, draw_lengths(work)
 
-    def uneven(self, *args):
-        with ragged(self.lm):
-            return generate(self, *args)
+    def uneven(self, prefixes, n, *args):
+        with ragged(self.lm, next(lengths) if n == work.group else [LEAST] * len(prefixes)):  # an evaluation is short
+            return generate(self, prefixes, n, *args)
 
     rollout.HF._generate = uneven
     run = Path(folder) / "run"
@@ -140,7 +151,7 @@ def ours(work, folder, prompts):
         "--eval-every", "0", "--eval-prompts", "1", "--checkpoint-every", "0", "--dtype", work.dtype,
         "--optimizer", "adamw" if work.dtype == "float32" else "adamw_sr", "--engine", work.engine,
         "--micro-batch-tokens", str(work.rows * (PROMPT + MOST)), "--run-dir", str(run),
-        "--gradient-checkpointing", str(work.checkpointing),
+        "--gradient-checkpointing", str(work.checkpointing), "--seed", str(work.seed),
     ]))  # fmt: skip
     rows = [json.loads(line) for line in open(run / "metrics.jsonl")][1:]
     return [
@@ -156,12 +167,12 @@ def theirs(work, folder, prompts):
     from trl import GRPOConfig, GRPOTrainer
 
     assert trl.__version__ == "1.16.0", trl.__version__
-    clock, found = time.perf_counter, []
+    clock, found, lengths = time.perf_counter, [], draw_lengths(work)
 
     class Timed(GRPOTrainer):
         def _generate_single_turn(self, *args, **kwargs):
             start = clock()
-            with ragged(self.accelerator.unwrap_model(self.model)):
+            with ragged(self.accelerator.unwrap_model(self.model), next(lengths)):
                 out = super()._generate_single_turn(*args, **kwargs)
             sync()
             found[-1] |= dict(rollout=clock() - start, tokens=sum(map(len, out[0])), length=sum(map(len, out[0])) / len(out[0]))
@@ -240,7 +251,7 @@ def profiler(work):
         return contextlib.nullcontext()
     from common import rollout
 
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True)
+    profile = torch.profiler.profile(activities=torch.profiler.supported_activities(), acc_events=True)
     minibatches = rollout.minibatches
 
     def recorded(*args):
@@ -264,11 +275,16 @@ def main(work):
         with profiler(work) as profile:
             rows = dict(ours=ours, trl=theirs)[work.side](work, folder, prompts)
     if profile:
-        rows = sorted(profile.key_averages(), key=lambda row: -row.self_cpu_time_total)
-        whole = sum(row.self_cpu_time_total for row in rows)
+        own = operator.attrgetter(f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total")
+        # Kernels have rows of their own beside those of the operations that launch them.
+        rows = [row for row in profile.key_averages() if row.device_type == torch.autograd.DeviceType.CPU]
+        rows.sort(key=own, reverse=True)
+        whole = sum(map(own, rows))
         for row in rows[:16]:
-            print(f"{row.self_cpu_time_total / whole:6.1%} {row.count:7,} calls of {row.key}")
+            print(f"{own(row) / whole:6.1%} {row.count:7,} calls of {row.key}")
         return
+    drawn = list(itertools.islice(draw_lengths(work), work.rollouts))
+    assert work.engine == "vllm" or [r["tokens"] for r in rows] == list(map(sum, drawn[1:])), (rows, drawn)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpu_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
     total = {k: sum(r[k] for r in rows) for k in rows[0]}
