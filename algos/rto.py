@@ -10,7 +10,7 @@ Objective: PPO's, with another reward (Eq. 4.7); pi_dpo is frozen, pi_ref the st
     stage 1: DPO's loss, mean over pairs of -log sigmoid(dpo_beta z)
 The clips are the authors' code, which also averages over a completion's tokens before it averages over completions and whitens
 with the biased variance; here both are PPO's. Without c the DPO model's excesses are learnt (try --dpo-scale 1 --dpo-clip 0
---max-new-tokens 28). On built-in tasks the score is the gold reward, and so is what is printed as accuracy (letters: up to 16).
+--max-new-tokens 28). On built-in tasks the score is the gold reward (letters: up to 16).
 
 Differs from ppo.py in: prompts_per_step, epochs, beta, dpo_rewards, token_rewards, dpo_loss, dpo_stage, train
 Costs: stage 1, once; then two frozen models, the reference and the DPO model, and a forward pass of each per rollout.

@@ -23,7 +23,7 @@ import tyro
 from common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-PANELS = dict(accuracy="sampled accuracy", length="completion length, tokens", entropy="entropy, nats",
+PANELS = dict(accuracy="sampled {measure}", length="completion length, tokens", entropy="entropy, nats",
               approx_kl="KL(rollout policy, policy), nats")  # fmt: skip
 # The same for scripts that learn from pairs, from their evaluations; a row of panels for every data set.
 PAIR_PANELS = dict(win_rate="win rate against the reference", kl="KL to the reference, nats",
@@ -91,7 +91,7 @@ def rows_of(path):
 
 
 def read(folder):
-    """-> (rows of metrics.jsonl, greedy accuracy before, after)."""
+    """-> (rows of metrics.jsonl, greedy accuracy, or score, before, after)."""
     words = (folder / "done").read_text().split()
     return rows_of(folder / "metrics.jsonl"), float(words[2]), float(words[4])
 
@@ -108,19 +108,20 @@ def summarise_pairs(runs):
     return out | {"entropy": band([statistics.mean(r["entropy"] for r in rows[-10:]) for rows, _ in runs])}
 
 
-def summarise(runs):
+def summarise(runs, measure="accuracy"):
     """Mean, least and greatest over seeds of what the table shows. `runs`: what read() gives, one per seed."""
     first = [next((r["step"] for r in rows if r["accuracy"] >= 0.7), None) for rows, _, _ in runs]
     values = {
-        "greedy accuracy before": [before for _, before, _ in runs],
-        "greedy accuracy after": [after for _, _, after in runs],
-        "sampled accuracy, last 10 steps": [statistics.mean(r["accuracy"] for r in rows[-10:]) for rows, _, _ in runs],
-        "sampled accuracy, mean of all steps": [statistics.mean(r["accuracy"] for r in rows) for rows, _, _ in runs],
+        f"greedy {measure} before": [before for _, before, _ in runs],
+        f"greedy {measure} after": [after for _, _, after in runs],
+        f"sampled {measure}, last 10 steps": [statistics.mean(r["accuracy"] for r in rows[-10:]) for rows, _, _ in runs],
+        f"sampled {measure}, mean of all steps": [statistics.mean(r["accuracy"] for r in rows) for rows, _, _ in runs],
         "entropy, last 10 steps": [statistics.mean(r["entropy"] for r in rows[-10:]) for rows, _, _ in runs],
         "greatest KL in a step": [max(r["approx_kl"] for r in rows) for rows, _, _ in runs],
     }
     out = {k: band(v) for k, v in values.items()}
-    out["first step with sampled accuracy 0.7"] = dict(seeds=first)
+    if measure == "accuracy":
+        out["first step with sampled accuracy 0.7"] = dict(seeds=first)
     return out
 
 
@@ -212,8 +213,10 @@ def main(options, extra):
     else:
         runs = {item: [read(f) for f in fs] for item, fs in of.items()}
         curves = {item: [rows for rows, _, _ in rs] for item, rs in runs.items()}
-        summaries, names = {i: summarise(r) for i, r in runs.items()}, PANELS
-        first, second = dict(list(PANELS.items())[:2]), dict(list(PANELS.items())[2:])
+        measure = (folders[todo[0]] / "done").read_text().split()[1]
+        summaries, names = {i: summarise(r, measure) for i, r in runs.items()}, PANELS
+        titles = [(k, title.format(measure=measure)) for k, title in PANELS.items()]
+        first, second = dict(titles[:2]), dict(titles[2:])
         panels = [("", list(of), first), ("", list(of), second)]
     out = Path(options.out or ROOT / "runs" / "compare" / "-".join(options.scripts).replace("/", "_"))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common import UserError, gpu, models, rollout
+from common import UserError, games, gpu, models, rollout
 
 MAY_CHANGE = ("resume", "run_dir", "steps", "eval_every", "checkpoint_every", "engine", "vllm_memory", "vllm_tp",
               "micro_batch_tokens")  # fmt: skip
@@ -104,6 +104,7 @@ class Run:
 
         self.args, self.tokenizer, self.main, self.stop = args, tokenizer, gpu.rank() == 0, None
         self.name = Path(script).stem
+        self.measure = "score" if getattr(args, "task", None) in games.GAMES else "accuracy"  # what the last line calls it
         self.state = dict(step=0, cursor=0, skipped=0, accuracy_before=None)
         self.queue = []  # Rollouts of this rank that wait to be trained on, for scripts that keep some
         self.extra = {}  # name -> (module, optimizer) that a script trains besides the policy
@@ -186,7 +187,8 @@ class Run:
         rollout_tokens, t = int(gpu.total(int(batch.mask.sum()))), self.times
         metrics["time/rollout_tokens_per_s"] = rollout_tokens / max(t.get("rollout", 0.0), 1e-9)
         metrics["time/update_tokens_per_s"] = rollout_tokens * self.args.epochs / max(t.get("update", 0.0), 1e-9)
-        self.write(metrics, rollout_tokens, dict(reward="reward", accuracy="acc", length="len", entropy="H"))
+        short = "acc" if self.measure == "accuracy" else self.measure
+        self.write(metrics, rollout_tokens, dict(reward="reward", accuracy=short, length="len", entropy="H"))
         if self.main:
             self._show(batch)
 
@@ -238,7 +240,7 @@ class Run:
         """Records a greedy evaluation on n held-out prompts."""
         if self.state["accuracy_before"] is None:
             self.state["accuracy_before"] = accuracy
-        text = f"greedy accuracy {accuracy:.3f} on {n:,} held-out prompts"
+        text = f"greedy {self.measure} {accuracy:.3f} on {n:,} held-out prompts"
         self.measured(dict(greedy_accuracy=accuracy, prompts=n), text)
 
     def measured(self, values, text):
@@ -272,7 +274,7 @@ class Run:
 
     def finish(self, accuracy, n):
         self.evaluated(accuracy, n)
-        self.end(f"greedy accuracy {self.state['accuracy_before']:.2f} -> {accuracy:.2f} on {n} held-out prompts")
+        self.end(f"greedy {self.measure} {self.state['accuracy_before']:.2f} -> {accuracy:.2f} on {n} held-out prompts")
 
     def end(self, sentence):
         """Closes the run with its last line."""

@@ -130,6 +130,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rto")
     done = run(folder, *SMALL, *flags(), "--run-dir", folder / "run", script=RTO)
     assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("greedy score ")  # a gold reward is no accuracy
     return folder / "run"
 
 
