@@ -36,6 +36,8 @@ class Options:
     """runs of each side, in turn"""
     prompts: int = 0
     """per rollout; 0: 8 for 230k, 4 for 10M, else 2"""
+    rollouts: int = 0
+    """that are measured in a run, after one that is not; 0: 8 for 230k, whose steps take a second, else 2"""
     dtype: str = "float32"
     profile: bool = False
     """instead of comparing: where the time of one of our updates goes, by operation"""
@@ -55,10 +57,11 @@ def environment():
     return str(python)
 
 
-def run(python, side, size, options, prompts, seed):
+def run(python, side, size, options, work):
+    """`work`: fields of worker.Work beside those of the options."""
     argv = [python, "-m", "tests.bench.worker", "--side", side, "--size", size, "--dtype", options.dtype]
-    done = subprocess.run([*argv, "--prompts", str(prompts), "--seed", str(seed)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | dict(HF_HUB_OFFLINE="1"))  # fmt: skip
+    argv += [x for name, value in work.items() for x in (f"--{name}", str(value))]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(HF_HUB_OFFLINE="1"))
     if done.returncode:
         sys.exit(f"{side} failed on {size}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -119,10 +122,11 @@ def main(options):
     results = {}
     for size in options.sizes:
         prompts = options.prompts or {"230k": 8, "10M": 4}.get(size, 2)
+        rollouts = 1 + (options.rollouts or {"230k": 8}.get(size, 2))
         sides = dict(ours=[], trl=[])
         for pair in range(options.pairs):
             for side, runs in sides.items():
-                runs.append(run(python, side, size, options, prompts, pair + 1))
+                runs.append(run(python, side, size, options, dict(prompts=prompts, rollouts=rollouts, seed=pair + 1)))
                 r = runs[-1]
                 rates = ", ".join(f"{k} {r[f'{k}_tokens_per_s']:,.0f}" for k in ("rollout", "update", "step"))
                 more = f"{r['length']:.0f} tokens a completion, peak {r['peak'] / 2**30:.2f} GiB"
