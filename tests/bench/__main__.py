@@ -1,6 +1,6 @@
 """This repository's GRPO against TRL's, on the same work, model and machine: speed, memory, and distance from the limit.
 
-python -m tests.bench                                       all CPU sizes, five pairs: about 40 minutes on two idle cores
+python -m tests.bench                                       all CPU sizes, five pairs: about an hour on two idle cores
 python -m tests.bench --sizes 230k --pairs 2                a quick look
 python -m tests.bench --sizes qwen2.5-0.5b qwen2.5-1.5b --dtype bfloat16 --prompts 64      on a GPU
 An environment of its own with trl 1.16.0 beside the pinned torch and transformers is made once under runs/cache/bench; both
