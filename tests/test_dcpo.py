@@ -90,6 +90,14 @@ def test_three_visits():
     assert stats[7] == (pytest.approx(0.416667, abs=1e-6), pytest.approx(0.540062, abs=1e-6), 3)
 
 
+def test_the_smaller_blend_is_the_one_nearer_to_zero():
+    """Third visit: for the 0s A_new = -0.5 and A_tot = -0.75 / 0.456435, for the 1 they are 1.5 and 0.25 / 0.456435."""
+    stats = {}
+    visit(stats, 1, 1, 1, 1), visit(stats, 1, 1, 1, 1)
+    expected = torch.tensor([0.865148, -0.881056, -0.881056, -0.881056])
+    torch.testing.assert_close(visit(stats, 1, 0, 0, 0), expected, **CLOSE)
+
+
 def test_the_first_visit_is_grpo():
     rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
     ours = dcpo.advantages(rewards, torch.arange(3), {}, dcpo.Args())

@@ -1,5 +1,7 @@
 """The base's worked example, and its parts against closed forms."""
 
+import math
+
 import pytest
 import torch
 
@@ -59,6 +61,15 @@ def test_clip_width_matters_and_is_counted():
     logp, old_logp, adv, mask = example()
     _, stats = grpo.surrogate(logp, old_logp, adv, mask, grpo.Args())
     assert stats["clip_fraction"][mask].tolist() == [1, 0, 0, 1, 1, 0]
+
+
+def test_log_ratios_end_at_20():
+    far, near, mask = torch.full((1, 2), 25.0), torch.zeros(1, 2), torch.ones(1, 2).bool()
+    objective, _ = grpo.surrogate(far, near, torch.tensor([[1.0, -1.0]]), mask, grpo.Args())
+    torch.testing.assert_close(objective, torch.tensor([[1.2, -math.exp(20)]]))
+    for sign in (1, -1):
+        k3 = grpo.kl_penalty(near, sign * far, mask)
+        torch.testing.assert_close(k3, torch.full((1, 2), math.exp(20 * sign) - 20 * sign - 1))
 
 
 def test_weights_are_a_mean_of_means():

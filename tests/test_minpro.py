@@ -59,6 +59,8 @@ def test_an_unlikely_token_damps_those_after_it_only():
     low = torch.tensor(-3.0).exp().item()
     torch.testing.assert_close(stats["weight"][0], torch.tensor([1, low, low, low]), **CLOSE)
     torch.testing.assert_close(stats["weight"][1], torch.ones(4))
+    for name in ("prefix", "prefix_min"):
+        torch.testing.assert_close(stats[name][0], torch.tensor([1, 1, low, low]), **CLOSE)
     _, bounded = minpro.surrogate(new, old_logp, adv, mask, minpro.Args(eps_low=0.2))
     torch.testing.assert_close(bounded["weight"][0], torch.tensor([1, 0.8, 0.8, 0.8]), **CLOSE)
 

@@ -32,12 +32,16 @@ def batch(B=6, T=5, seed=0, spread=0.3):
     return dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=torch.rand(B, T, generator=g) * 2)
 
 
+def surrogate(script, b, args):
+    values = b | {"args": args}
+    return script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+
+
 def loss_and_gradient(script, b, args=None):
     """Gradient with respect to logp of the loss that the loop would form of the whole batch."""
     args = args or arguments(script)
     logp = b["logp"].clone().requires_grad_()
-    values = b | {"logp": logp, "args": args}
-    objective, stats = script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+    objective, stats = surrogate(script, b | {"logp": logp}, args)
     assert objective.shape == logp.shape and all(s.shape == logp.shape for s in stats.values())
     loss = -(objective * script.token_weights(b["mask"], args))[b["mask"]].sum()
     loss.backward()
@@ -45,19 +49,24 @@ def loss_and_gradient(script, b, args=None):
 
 
 each = pytest.mark.parametrize("script", [load(n) for n in SCRIPTS], ids=SCRIPTS)
+# Every script as it is, and with the options that take another way through its surrogate.
+WAYS = [(name, {}) for name in SCRIPTS]
+WAYS += [("dhpo", dict(mix="entropy")), ("dhpo", dict(min="branch")), ("minpro", dict(hard_clip=True))]
+ways = [pytest.param(load(name), own, id="-".join([name, *map(str, own.values())])) for name, own in WAYS]
+each_way = pytest.mark.parametrize("script, own", ways)
 GROUPED = [n for n in SCRIPTS if n not in USES_OWN_BASELINE | TOKEN_STATISTICS]  # the others' advantages: in their own files
 each_grouped = pytest.mark.parametrize("script", [load(n) for n in GROUPED], ids=GROUPED)
 
 
-@each
-def test_garbage_in_masked_positions_changes_nothing(script):
-    b = batch()
-    loss, grad = loss_and_gradient(script, b)
+@each_way
+def test_garbage_in_masked_positions_changes_nothing(script, own):
+    b, args = batch(), arguments(script, **own)
+    loss, grad = loss_and_gradient(script, b, args)
     for garbage in (1e4, -1e4, float("inf"), float("nan")):
         other = dict(b)
         for k in ("logp", "old_logp", "entropy"):
             other[k] = torch.where(b["mask"], b[k], torch.tensor(garbage))
-        loss2, grad2 = loss_and_gradient(script, other)
+        loss2, grad2 = loss_and_gradient(script, other, args)
         assert torch.equal(loss, loss2), garbage
         assert torch.equal(grad, grad2) and not grad2[~b["mask"]].any(), garbage
 
@@ -87,8 +96,7 @@ def test_micro_batches_add_up(script):
         t = int(b["mask"][rows].sum(1).max())
         part = {k: v[rows][:, :t] for k, v in b.items()}
         logp = part["logp"].clone().requires_grad_()
-        values = part | {"logp": logp, "args": args}
-        objective, _ = script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+        objective, _ = surrogate(script, part | {"logp": logp}, args)
         micro = -(objective * weights[rows][:, :t]).sum()
         micro.backward()
         total, parts[rows, :t] = total + micro.detach(), logp.grad
@@ -113,7 +121,7 @@ def test_a_batch_of_empty_completions_is_zero(script):
     b = batch(B=3)
     b["mask"] = torch.zeros_like(b["mask"])
     loss, grad = loss_and_gradient(script, b)
-    assert loss == 0 and not grad.any()
+    assert loss == 0 and not grad.any() and not script.token_weights(b["mask"], arguments(script)).any()
 
 
 @each
@@ -122,6 +130,20 @@ def test_zero_advantage_gives_zero_gradient(script):
     b["adv"] = torch.zeros_like(b["adv"])
     loss, grad = loss_and_gradient(script, b)
     assert torch.isfinite(loss) and not grad.any()
+
+
+@each_way
+def test_the_objective_is_proportional_to_the_advantage(script, own):
+    """And where a token is clipped, what it is clipped to, and all that is logged depend on the advantage's sign alone."""
+    b, args = batch(B=40, spread=1.5), arguments(script, **own)
+    loss, grad = loss_and_gradient(script, b, args)
+    _, stats = surrogate(script, b, args)
+    for factor in (0.125, 8.0):  # powers of two: the same bits
+        other = b | {"adv": factor * b["adv"]}
+        loss2, grad2 = loss_and_gradient(script, other, args)
+        assert torch.equal(loss2, factor * loss) and torch.equal(grad2, factor * grad)
+        _, stats2 = surrogate(script, other, args)
+        assert all(torch.equal(stats2[k][b["mask"]], stats[k][b["mask"]]) for k in stats)
 
 
 @each
@@ -135,6 +157,8 @@ def test_on_policy_the_gradient_is_the_policy_gradient(script):
     if script.__name__.endswith(".rloo"):
         weights = b["mask"] / (b["mask"].sum(1) > 0).sum()
     torch.testing.assert_close(grad, -weights * b["adv"] * b["mask"], rtol=1e-5, atol=1e-7)
+    _, stats = surrogate(script, b, arguments(script))
+    assert not any(stats[k][b["mask"]].any() for k in stats if k.startswith("clip_fraction"))
 
 
 @each
@@ -148,10 +172,12 @@ def test_one_valid_token(script):
 @each
 def test_far_off_policy_stays_finite(script):
     b = batch()
-    for shift in (60.0, -60.0):
+    for shift in (200.0, -200.0):  # whose exponential no float32 holds
         b["logp"] = b["old_logp"] + shift
         loss, grad = loss_and_gradient(script, b)
         assert torch.isfinite(loss) and torch.isfinite(grad).all()
+        if hasattr(script, "kl_penalty"):
+            assert script.kl_penalty(b["logp"], b["old_logp"], b["mask"]).isfinite().all()
 
 
 @each_grouped

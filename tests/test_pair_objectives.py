@@ -48,7 +48,8 @@ def values(script, lengths, **kwargs):
 def loss_and_gradient(script, v, args=None):
     leaf = v["logp"].clone().requires_grad_()
     losses, stats = script.pair_loss(**v | dict(logp=leaf), args=args or script.Args())
-    assert losses.shape == (len(leaf) // 2,) and all(s.shape == losses.shape for s in stats.values())
+    assert losses.shape == (len(leaf) // 2,)
+    assert all(s.shape == losses.shape and s.isfinite().all() for s in stats.values()), stats
     losses.sum().backward()
     return losses.detach(), leaf.grad
 
