@@ -155,6 +155,16 @@ def test_without_critical_tokens_the_chosen_side_is_left():
     logp, ref_logp, _, mask = random_pairs()
     _, grad, stats = loss_and_gradient(logp, ref_logp, torch.ones_like(ref_logp), mask)
     assert not grad[3:].any() and (grad[:3][mask[:3]] < 0).all() and not stats["critical_weight"].any()
+    torch.testing.assert_close(stats["margin"], stats["chosen_ratio"])
+    assert torch.equal(stats["reward_accuracy"], (stats["margin"] > 0).float())
+    assert ((0 < stats["margin"]) & (stats["margin"] < 1)).any() and (stats["margin"] < 0).any()
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "per_token"])
+def test_pairs_of_nothing(aggregate):
+    logp, ref_logp, mask = pair([(0, 0), (2, 1)])
+    losses, grad, stats = loss_and_gradient(logp, ref_logp, torch.rand(mask.shape), mask, aggregate=aggregate)
+    assert losses.isfinite().all() and grad.isfinite().all() and all(s.isfinite().all() for s in stats.values())
 
 
 @pytest.mark.parametrize("only_neg", [True, False])

@@ -106,6 +106,8 @@ def test_explained_variance():
     assert ppo.explained_variance(returns, returns, MASK) == 1
     assert ppo.explained_variance(torch.full((2, 3), 0.7), returns, MASK).item() == pytest.approx(0, abs=1e-6)
     assert ppo.explained_variance(-returns, returns, MASK).item() == pytest.approx(-3, abs=1e-6)
+    same = torch.full((2, 3), 0.25)  # returns that do not vary: a number all the same
+    assert ppo.explained_variance(same, same, MASK) == 1
 
 
 def test_critic_reads_the_position_before_the_token():
