@@ -9,11 +9,14 @@ dpo.py --label-smoothing.)
 Objective, to be minimised, y_w the chosen and y_l the rejected response, s_t from the logits z_plus and z_minus, a constant:
     L = mean over pairs of -log sigmoid(beta (D(y_w) - D_s(y_l))),   D(y) = sum_t d_t,   d_t = log pi(y_t) - log pi_ref(y_t)
     D_s(y) = sum_t (1 - s_t) d_t,   s_t = softmax((1 + kappa) z_plus - kappa z_minus) at y_t;   an end of sequence weighs 1
-That L is the paper's is unconfirmed. The authors' code has no sum inside the sigmoid: --aggregate per_token is the mean over
-positions t of -log sigmoid(beta (d_t(y_w) - (1 - s_t) d_t(y_l))), whatever the two tokens are. Its mean counts prompt and
-padding, so that their width is a learning rate; here it is that over the positions that either response of a pair has.
+That L is the paper's is unconfirmed (equation numbers not at hand). The authors' code has no sum inside the sigmoid:
+--aggregate per_token is the mean over positions t of -log sigmoid(beta (d_t(y_w) - (1 - s_t) d_t(y_l))), whatever the two
+tokens are. Its mean counts prompt and padding, so that their width is a learning rate; here it is that over the positions
+that either response of a pair has.
 
-Differs from dpo.py in: contrastive_score, free_ends, detection, pair_loss, train
+Family: preference
+Differs from dpo.py in: contrastive_score, free_ends, pair_loss, check_folders, contrastive_column, train
+Measures: measure, detection
 Costs: two trainings of ce_steps before the run, beside the idle policy, and a forward pass of both models over the data, once:
        scores lie in a memory-mapped file, and the two models are gone afterwards.
 Run:   python algos/cdpo.py                                               tiny model, CPU, about a minute and a half
@@ -79,6 +82,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # CDPO
+    limits = dict(beta="0 < x")
     tiny_preset = dict(data="chain")
     beta: float = 0.1
     """how strongly the KL to the reference is held (the authors' code)"""
@@ -103,8 +107,7 @@ class Args:
 
 def contrastive_score(targets, logits, other_logits, kappa):
     """targets [n], logits [n, V] of pi_plus and of pi_minus -> s_t of the targets [n], in (0, 1): low where critical."""
-    contrast = (1 + kappa) * logits - kappa * other_logits  # pi_plus^(1 + kappa) / pi_minus^kappa, up to its sum
-    return contrast.softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    return ((1 + kappa) * logits - kappa * other_logits).softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
 def free_ends(scores, responses, end):
@@ -112,13 +115,6 @@ def free_ends(scores, responses, end):
     response that was cut has none) weighs 1: 0 in a rejected response, 1 in a chosen one."""
     ends = [torch.arange(len(y)).eq(len(y) - 1) & (y[-1:] == [end]) for y in responses]
     return [s.masked_fill(at, 1.0 - i % 2) for i, (s, at) in enumerate(zip(scores, ends))]
-
-
-def detection(value, wrong):
-    """value [n], wrong [n] bool, of n tokens -> {the value's mean over the wrong tokens and over the innocent ones, auc: how
-    often a wrong token has a higher value than an innocent one, ties half}."""
-    higher = (value[wrong][:, None] - value[~wrong]).sign().mean().item()
-    return dict(wrong=value[wrong].mean().item(), innocent=value[~wrong].mean().item(), auc=(1 + higher) / 2)
 
 
 def pair_loss(logp, ref_logp, score, mask, args):
@@ -142,26 +138,76 @@ def pair_loss(logp, ref_logp, score, mask, args):
 # ---------------------------------------------------------------- the loop
 
 
-def train(args):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import json
+def check_folders(args):
+    """UserError where one of the two models is given and the other is not."""
+    from common import UserError
 
-    from common import UserError, gpu, judge, models, preferences, rollout, runlog
-
-    args, config, device = runlog.prepare(__file__, args)
-    for name in ("kappa", "ce_steps", "ce_lr"):
-        if not 0 <= (getattr(args, name) or 0) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be a number of at least 0, is {getattr(args, name)}")
     if (args.positive is None) != (args.negative is None):
         raise UserError("--positive and --negative go together: folders of both models, or of none")
+
+
+def contrastive_column(run, data, config, tokenizer, args):
+    """s_t of all responses, by a model of the chosen and one of the rejected, in memory until they have read them."""
+    from common import UserError, gpu, models, pairs
+
+    def expert(name, side, folder):
+        def loss(logp, mb):
+            return (-logp.sum(1) / mb.mask.sum(1)).chunk(2)[side]
+
+        if folder is None:
+            return pairs.fit(name, loss, data, args, run, args.ce_steps, 5 * args.lr if args.ce_lr is None else args.ce_lr)
+        model = models.load(Args(**vars(args) | dict(model=folder)), gpu.device(), trainable=False)
+        if model.lm.config.vocab_size != config.vocab_size:
+            raise UserError(f"the vocabularies of {folder} and {args.model} have different sizes")
+        return gpu.shard(model)
+
+    def scores(pi, rows):
+        found = pairs.logp_of(pi[0], rows, args, beside=pi[1:], read=lambda *x: (contrastive_score(*x, args.kappa),))
+        return free_ends(found, [y for _, y in rows], tokenizer.eos_token_id)
+
+    sides = ("positive model", 0, args.positive), ("negative model", 1, args.negative)
+    return pairs.cached(run, "score", lambda: [expert(*side) for side in sides], data, values=scores)
+
+
+def detection(value, wrong):
+    """value [n], wrong [n] bool, of n tokens -> {the value's mean over the wrong tokens and over the innocent ones, auc: how
+    often a wrong token has a higher value than an innocent one, ties half}."""
+    higher = (value[wrong][:, None] - value[~wrong]).sign().mean().item()
+    return dict(wrong=value[wrong].mean().item(), innocent=value[~wrong].mean().item(), auc=(1 + higher) / 2)
+
+
+def measure(run, data):
+    """How well 1 - s finds the wrong tokens of rejected responses, against the reference's 1 - p, where the data knows them.
+    Once, before the first step, into detection.json."""
+    import json
+
+    told, found = [p for p in data.test[: run.args.eval_prompts] if p.gold], {}
+    wrong = torch.tensor([worth < 0 for p in told for worth in p.gold[1][:-1]]).bool()  # all but the end of sequence
+    if "before" in run.state or not run.main or not wrong.any() or wrong.all():
+        return
+    for name, column in data.columns.items():
+        value = torch.cat([column[2 * p.id + 1][:-1] for p in told])
+        found[name] = detection(1 - (value if name == "score" else value.exp()), wrong)
+        text = ", ".join(f"{k} {v:.3f}" for k, v in found[name].items())
+        run.bar.write(f"  wrong tokens by 1 - {'s' if name == 'score' else 'p_ref'}: {text}")
+    (run.dir / "detection.json").write_text(json.dumps(found) + "\n")
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
+
+    args, config, device = settings.prepare(__file__, args)
+    check_folders(args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, trained=3, frozen=int(args.ref == "live"))
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -170,53 +216,22 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
-    # The scores: a model of the chosen responses and one of the rejected, in memory until they have read all tokens.
-    def expert(name, side, folder):
-        if folder is None:
-            return preferences.fit(
-                name, lambda logp, mb: (-logp.sum(1) / mb.mask.sum(1)).chunk(2)[side], data, args, run, args.ce_steps,
-                5 * args.lr if args.ce_lr is None else args.ce_lr,
-            )  # fmt: skip
-        model = models.load(Args(**vars(args) | dict(model=folder)), device, trainable=False)
-        if model.lm.config.vocab_size != config.vocab_size:
-            raise UserError(f"the vocabularies of {folder} and {args.model} have different sizes")
-        return gpu.shard(model)
+    data.columns["score"] = contrastive_column(run, data, config, tokenizer, args)
+    measure(run, data)
 
-    def scores(experts, rows):
-        found = preferences.logp_of(
-            experts[0], rows, args, beside=experts[1:],
-            read=lambda targets, *logits: (contrastive_score(targets, *logits, args.kappa),),
-        )  # fmt: skip
-        return free_ends(found, [y for _, y in rows], tokenizer.eos_token_id)
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
-    sides = ("positive model", 0, args.positive), ("negative model", 1, args.negative)
-    data.columns["score"] = preferences.cached(run, "score", lambda: [expert(*s) for s in sides], data, values=scores)
-
-    # Where the data knows the wrong tokens: how well 1 - s finds them in rejected responses, against the reference's 1 - p.
-    told, found = [p for p in data.test[: args.eval_prompts] if p.gold], {}
-    wrong = torch.tensor([worth < 0 for p in told for worth in p.gold[1][:-1]]).bool()  # all but the end of sequence
-    if "before" not in run.state and run.main and wrong.any() and not wrong.all():
-        for name, column in data.columns.items():
-            value = torch.cat([column[2 * p.id + 1][:-1] for p in told])
-            found[name] = detection(1 - (value if name == "score" else value.exp()), wrong)
-            text = ", ".join(f"{k} {v:.3f}" for k, v in found[name].items())
-            run.bar.write(f"  wrong tokens by 1 - {'s' if name == 'score' else 'p_ref'}: {text}")
-        (run.dir / "detection.json").write_text(json.dumps(found) + "\n")
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
-
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             losses, stats = pair_loss(logp, ref_logp, mb.columns["score"], mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
@@ -230,21 +245,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

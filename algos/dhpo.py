@@ -10,6 +10,7 @@ Objective, to be maximised (Eq. 8-11 as reported by others; the text itself was 
     w = 1/2,   or   w = sg[ (H - min_t H) / (max_t H - min_t H) ],  H the entropy at a token; 0 where H is constant
     w = 1 is grpo.py, w = 0 is gspo.py. The chosen reading of the outer min and of s's gradient is an option below.
 
+Family: ratio
 Differs from grpo.py in: mixing_weight, surrogate, train
 Costs: nothing extra; the entropy comes out of the same forward pass.
 Run:   python algos/dhpo.py                                     tiny model, CPU, about a minute
@@ -62,7 +63,9 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
-    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -89,6 +92,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # DHPO
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other")
     eps_token_low: float = 0.2
     """reach of the token ratio's clip interval below 1 (GRPO)"""
     eps_token_high: float = 0.28
@@ -159,29 +163,25 @@ def kl_penalty(logp, ref_logp, mask):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
 
-    args, config, device = runlog.prepare(__file__, args)
-    if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
     task = tasks.load(args.task, tokenizer, args.prompt_template)
     context = models.check_context(config, task, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)
-    held_out = task.test[: args.eval_prompts]
-    if run.state["accuracy_before"] is None:
-        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
@@ -191,30 +191,28 @@ def train(args):
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, and of the reference.
-        batch.old_logp = rollout.logp_of(policy, batch, args)
-        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
         # Advantages over the whole rollout, of all processes.
-        adv = gpu.local(advantages(gpu.gather(batch.reward), args))
-        batch.adv = adv.reshape(-1, 1).expand_as(batch.old_logp)
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
-        meter = runlog.Meter()
-        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+        meter = Meter()
+        for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
-                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args, entropy)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args, entropy)
                 if reference:
-                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
                     objective = objective - args.beta * stats["ref_kl"]
-                if engine.name == "vllm" and args.tis_cap > 0:
-                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
-                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm):
                 optimizer.step()
@@ -222,22 +220,9 @@ def train(args):
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         engine.sync()
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.log(meter.result() | rollout.summary(batch), batch)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.wake()
-            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
-            engine.sleep()
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.wake()
-        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
-        run.save(policy, optimizer)
-        run.finish(accuracy, len(held_out))
+
+    run.finish()
     engine.close()
     scorer.close()
     gpu.finish()

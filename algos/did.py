@@ -5,7 +5,7 @@ responses are sampled so that this differential information between reference an
 target and reference, DPO's log-ratio reward, and no other, has the target as its optimum. How spread out the information is
 says what an update does: with little entropy it reinforces few responses, with much it smooths, and typical ones lose.
 
-This is an analysis script: the loss is dpo.py's, what is new is measured.
+This is an analysis script: the loss is dpo.py's, what is new is measured (derived anew; equation numbers not at hand).
     q(y) = pi(y) / pi_ref(y) / sum_y' pi(y') / pi_ref(y')          for one prompt: entropies are means over prompts
     P(y_1 is the chosen one) = sigmoid(beta log q(y_1) - beta log q(y_2))   <=>   pi_l(y) ~ pi_ref(y) (pi_ref(y) / pi*(y))^beta
     E_ref log pi / pi_ref = -KL(pi_ref || pi) <= 0: the likelihood that the reference's own samples lose
@@ -17,8 +17,10 @@ Part B: the language model on a game whose 4,096 responses per prompt can all be
 negative log-likelihood, is taken away where <g, h> < 0:  g - <g, h> / |h|^2 h. Its details are unconfirmed: per minibatch and
 over all weights is ours. AdamW rescales what is left, and other pairs are not asked: chosen responses lose less, not nothing.
 
-Differs from dpo.py in: differential_information, rejected_sampler, entropy, divergence, measures, recovery, sampled_entropy,
-    project, train
+Family: preference
+Differs from dpo.py in: project, train
+Measures: differential_information, rejected_sampler, entropy, divergence, spread, recovery, measure_losses, sampled_entropy,
+    measure
 Costs: --projected: a forward and backward pass of the chosen responses and a second gradient in memory. Part A takes seconds.
        No official code is public.
 Run:   python algos/did.py                                               tiny model, CPU, about a minute
@@ -85,6 +87,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # DID
+    limits = dict(beta="0 < x", label_smoothing="0 <= x <= 1")
     tiny_preset = dict(data="letters4")  # whose responses can all be listed
     beta: float = 0.5
     """how strongly the KL to the reference is held, in both parts (ours; the paper's is unconfirmed)"""
@@ -122,6 +125,23 @@ def pair_loss(logp, ref_logp, mask, args):
     return losses, dict(chosen_ratio=chosen, rejected_ratio=rejected, margin=z, reward_accuracy=(z > 0).float())
 
 
+def project(grads, chosen_grads):
+    """Gradients of the loss, changed in place, and of the chosen responses' negative log-likelihood (lists of tensors, or of
+    this process's shards of them) -> the cosine between the two before."""
+
+    def dot(a, b):
+        wide = [torch.promote_types(x.dtype, torch.float32) for x in a]
+        total = sum((x.to(w) * y.to(w)).sum() for x, y, w in zip(a, b, wide))
+        return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()  # of shards: over all processes
+
+    inner, square = dot(grads, chosen_grads), dot(chosen_grads, chosen_grads)
+    cosine = inner / max((square * dot(grads, grads)) ** 0.5, 1e-30)
+    if inner < 0:
+        for g, h in zip(grads, chosen_grads):
+            g.sub_(h, alpha=inner / square)
+    return cosine
+
+
 # ---------------------------------------------------------------- part A: distributions over K outcomes
 
 
@@ -145,7 +165,7 @@ def divergence(logp, other):
     return entropy((logp.exp() / 2 + other.exp() / 2).log()) - (entropy(logp) + entropy(other)) / 2
 
 
-def measures(logp, ref_logp):
+def spread(logp, ref_logp):
     """Log-probs [..., K] each -> {name: [...]}: the entropies of the policy and of q, in nats, and E_ref log pi / pi_ref."""
     return dict(
         entropy=entropy(logp),
@@ -193,9 +213,31 @@ def recovery(ref_logp, target_logp, rejected_logp, beta, steps, lr=0.02):
         loss=torch.stack([weights @ arm(row) for arm, row in zip(arms.values(), logp)]),
         js_target=divergence(logp, target_logp),
         js_information=divergence((beta * differential_information(logp, ref_logp)).log_softmax(-1), information),
-        **measures(logp, ref_logp),
+        **spread(logp, ref_logp),
     )
     return {name: {k: v[n].item() for k, v in found.items()} for n, name in enumerate(arms)}
+
+
+def measure_losses(run):
+    """Part A: which loss finds the target among 32 outcomes, whose log-probs are standard normal up to the normalisation ->
+    recovery.json. Before the training, on rank 0; a resumed run has done it."""
+    import json
+
+    args, path = run.args, run.dir / "recovery.json"
+    if not args.recovery_steps or not run.main or path.exists():
+        return
+    normal = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    outcomes, target = normal.log_softmax(-1)
+    rejected = rejected_sampler(outcomes, target, args.beta)
+    found = recovery(outcomes, target, rejected, args.beta, args.recovery_steps)
+    said = f"which loss finds the target? JS to the reference {divergence(outcomes, target):.4f}"
+    for name, value in spread(target, outcomes).items():
+        said += f", {name.replace('_', ' ')} {value:.4f}"
+    run.bar.write(said)
+    run.bar.write(" " * 18 + "".join(f"{name.replace('_', ' '):>16}" for name in found["DPO"]))
+    for name, row in found.items():
+        run.bar.write(f"  {name:<16}" + "".join(f"{value:>16.5f}" for value in row.values()))
+    path.write_text(json.dumps(found, indent=1))
 
 
 # ---------------------------------------------------------------- part B: a language model
@@ -208,21 +250,37 @@ def sampled_entropy(logp, ref_logp):
     return -((-ref_logp).softmax(-1) * (logp - ref_logp - log_z)).sum(-1)
 
 
-def project(grads, chosen_grads):
-    """Gradients of the loss, changed in place, and of the chosen responses' negative log-likelihood (lists of tensors, or of
-    this process's shards of them) -> the cosine between the two before."""
+def measure(run, data, tokenizer, engine, policy, reference):
+    """Part B, after the training: entropies over the responses to a prompt, exact given that the response is one of those that
+    can be listed, elsewhere from samples -> did.json. reference() -> the frozen start."""
+    import json
 
-    def dot(a, b):
-        wide = [torch.promote_types(x.dtype, torch.float32) for x in a]
-        total = sum((x.to(w) * y.to(w)).sum() for x, y, w in zip(a, b, wide))
-        return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()  # of shards: over all processes
+    from common import judge, pairs
 
-    inner, square = dot(grads, chosen_grads), dot(chosen_grads, chosen_grads)
-    cosine = inner / max((square * dot(grads, grads)) ** 0.5, 1e-30)
-    if inner < 0:
-        for g, h in zip(grads, chosen_grads):
-            g.sub_(h, alpha=inner / square)
-    return cosine
+    args, listed = run.args, data.responses is not None
+    prompts = list({p.text: p for p in data.test}.values())[: args.did_prompts]
+    if not prompts or not (listed or args.did_samples):
+        return
+    if listed:
+        every = tokenizer(data.responses(), add_special_tokens=False)["input_ids"]
+        rows = [(p.prompt, ids + [tokenizer.eos_token_id]) for p in prompts for ids in every]
+    else:
+        drawn, _ = judge.sample(engine, prompts, data, tokenizer, args, args.did_samples, 2)
+        rows = [(prompts[i].prompt, ids) for i, ids, _ in drawn]
+    both = (pairs.logp_of(model, rows, args) for model in (policy, reference()))
+    logp, ref_logp = (torch.stack([x.double().sum() for x in some]).view(len(prompts), -1) for some in both)
+    if listed:
+        found, ref = dict(mass=logp.logsumexp(1).exp()), ref_logp.log_softmax(1)
+        found |= spread(logp.log_softmax(1), ref) | dict(reference_entropy=entropy(ref))
+    else:
+        found = dict(entropy=-logp.mean(1), entropy_q=sampled_entropy(logp, ref_logp))
+    if run.main:
+        said = ", ".join(f"{name.replace('_', ' ')} {v.mean():.3f}" for name, v in found.items())
+        what = "responses" if listed else "samples (a rough estimate)"
+        run.bar.write(f"  over {logp.shape[1]:,} {what} to {len(prompts)} prompts: {said}")
+        record = dict(exact=listed, prompts=[p.text for p in prompts])
+        record |= {name: v.tolist() for name, v in found.items()}
+        (run.dir / "did.json").write_text(json.dumps(record))
 
 
 # ---------------------------------------------------------------- the loop
@@ -230,35 +288,19 @@ def project(grads, chosen_grads):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import itertools
-    import json
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    from common import UserError, games, gpu, judge, models, preferences, rollout, runlog
-
-    args, config, device = runlog.prepare(__file__, args)
-    if min(args.recovery_steps, args.did_prompts, args.did_samples) < 0:
-        raise UserError("--recovery-steps, --did-prompts and --did-samples must be at least 0")
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
-
-    # Part A: 32 outcomes whose log-probs are standard normal, up to the normalisation. A resumed run has done it.
-    if args.recovery_steps and run.main and not (run.dir / "recovery.json").exists():
-        normal = torch.randn(2, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        outcomes, target = normal.log_softmax(-1)
-        found = recovery(outcomes, target, rejected_sampler(outcomes, target, args.beta), args.beta, args.recovery_steps)
-        said = ", ".join(f"{name.replace('_', ' ')} {v:.4f}" for name, v in measures(target, outcomes).items())
-        run.bar.write(f"which loss finds the target? JS to the reference {divergence(outcomes, target):.4f}, {said}")
-        run.bar.write(" " * 18 + "".join(f"{name.replace('_', ' '):>16}" for name in found["DPO"]))
-        for name, row in found.items():
-            run.bar.write(f"  {name:<16}" + "".join(f"{value:>16.5f}" for value in row.values()))
-        (run.dir / "recovery.json").write_text(json.dumps(found, indent=1))
-
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.ref == "live"))
+    measure_losses(run)
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -267,27 +309,26 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
         if args.projected:  # h, of the same pairs
-            for mb in preferences.micro_batches(pairs, data, args):
+            for mb in pairs.micro_batches(some, data, args):
                 b = len(mb.weights)
                 logp, _ = policy(mb.ids[:b], mb.attention_mask[:b], mb.mask[:b])
                 (-logp.masked_fill(~mb.mask[:b], 0.0).sum(1) * mb.weights).sum().backward()
             chosen_grads = [p.grad for p in policy.parameters() if p.grad is not None]
             optimizer.zero_grad()
-        for mb in preferences.micro_batches(pairs, data, args):
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             losses, stats = pair_loss(logp, ref_logp, mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
@@ -304,46 +345,11 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
 
-        # Part B: given that a response is one of those that can be listed, exact; elsewhere from samples.
-        prompts = list({p.text: p for p in data.test}.values())[: args.did_prompts]
-        listed = args.data == "letters4"
-        if prompts and (listed or args.did_samples):
-            if listed:
-                texts = ["".join(letters) for letters in itertools.product(games.LETTERS[:8], repeat=4)]
-                every = tokenizer(texts, add_special_tokens=False)["input_ids"]
-                rows = [(p.prompt, ids + [tokenizer.eos_token_id]) for p in prompts for ids in every]
-            else:
-                drawn, _ = judge.sample(engine, prompts, data, tokenizer, args, args.did_samples, 2)
-                rows = [(prompts[i].prompt, ids) for i, ids, _ in drawn]
-            both = (preferences.logp_of(model, rows, args) for model in (policy, reference or frozen()))
-            logp, ref_logp = (torch.stack([x.double().sum() for x in some]).view(len(prompts), -1) for some in both)
-            if listed:
-                found, ref = dict(mass=logp.logsumexp(1).exp()), ref_logp.log_softmax(1)
-                found |= measures(logp.log_softmax(1), ref) | dict(reference_entropy=measures(ref, ref)["entropy"])
-            else:
-                found = dict(entropy=-logp.mean(1), entropy_q=sampled_entropy(logp, ref_logp))
-            if run.main:
-                said = ", ".join(f"{name.replace('_', ' ')} {v.mean():.3f}" for name, v in found.items())
-                what = "responses" if listed else "samples (a rough estimate)"
-                run.bar.write(f"  over {logp.shape[1]:,} {what} to {len(prompts)} prompts: {said}")
-                found = {name: v.tolist() for name, v in found.items()}
-                (run.dir / "did.json").write_text(json.dumps(dict(exact=listed, prompts=[p.text for p in prompts], **found)))
-        run.end(judge.sentence(run.state["before"], after))
+    if run.after:
+        measure(run, data, tokenizer, engine, policy, lambda: reference or frozen())
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

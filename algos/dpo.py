@@ -9,6 +9,7 @@ Objective, to be minimised (Eq. 7), y_w the chosen and y_l the rejected response
     L = mean over pairs of -log sigmoid(beta z),   z = D(y_w) - D(y_l),   D(y) = sum_t log pi(y_t) - log pi_ref(y_t)
     with --loss hinge (SLiC, arXiv 2305.10425): max(0, 1 - beta z);  ipo (arXiv 2310.12036, Eq. 17): (z - 1 / (2 beta))^2
 
+Family: preference
 Base: this is the script that every preference method is diffed against.
 Costs: a forward pass of the frozen reference over the data, once; its log-probs then lie in a memory-mapped file.
 Run:   python algos/dpo.py                                               tiny model, CPU, about a minute
@@ -74,6 +75,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # DPO
+    limits = dict(beta="0 < x", label_smoothing="0 <= x <= 1")
     beta: float = 0.3
     """how strongly the KL to the reference is held (paper: 0.1 to 0.5; TRL: 0.1, with which the tiny model leaves its data)"""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
@@ -107,17 +109,18 @@ def pair_loss(logp, ref_logp, mask, args):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import gpu, judge, models, preferences, rollout, runlog
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.ref == "live"))
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -126,20 +129,19 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             losses, stats = pair_loss(logp, ref_logp, mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
@@ -153,21 +155,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

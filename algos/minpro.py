@@ -7,10 +7,11 @@ MinPRO replaces its earlier factors by the smallest of them. Tokens after an unl
 Objective, to be maximised, over all tokens of the minibatch:
     J = 1/sum_i |y_i| sum_i sum_t sg[w] A_i log pi,   w = clip(m_t r_t, 1 - eps_low, 1 + eps_high),   r = pi / pi_old
     m_t = min_{j<t} r_j over the tokens before t (m_1 = 1; above 1 where all of them are), in place of their product
-    (Definitions and setting as reported by others; the paper's table of hyperparameters was not at hand.)
+    (Definitions and setting as reported by others; table of hyperparameters and equation numbers not at hand.)
 To have something to correct, step n trains on what the policy of step n - staleness sampled. The queue is filled before the
 first update, by the starting policy; so the age grows from 0 to `staleness` over the first steps and stays there.
 
+Family: ratio
 Differs from cispo.py in: prefix_minimum, surrogate, train
 Costs: nothing per step; `staleness` rollouts more at the start, kept in memory and in the checkpoints.
 Run:   python algos/minpro.py                                   tiny model, CPU, about a minute
@@ -63,7 +64,9 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
-    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -90,6 +93,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # MinPRO
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other")
     eps_low: float = 1.0
     """the weight is at least 1 - eps_low; 1: no lower bound, which would lift the damped tokens back up"""
     eps_high: float = 4.0
@@ -146,29 +150,25 @@ def kl_penalty(logp, ref_logp, mask):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
 
-    args, config, device = runlog.prepare(__file__, args)
-    if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
     task = tasks.load(args.task, tokenizer, args.prompt_template)
     context = models.check_context(config, task, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)
-    held_out = task.test[: args.eval_prompts]
-    if run.state["accuracy_before"] is None:
-        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
@@ -178,8 +178,8 @@ def train(args):
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, and of the reference.
-        batch.old_logp = rollout.logp_of(policy, batch, args)
-        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
         # Staleness: the newest rollout joins the queue, the oldest is trained on; before the first update the queue is filled.
@@ -190,26 +190,24 @@ def train(args):
         batch = run.queue.pop(0)
 
         # Advantages over the whole rollout, of all processes.
-        adv = gpu.local(advantages(gpu.gather(batch.reward), args))
-        batch.adv = adv.reshape(-1, 1).expand_as(batch.old_logp)
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
-        meter = runlog.Meter()
+        meter = Meter()
         meter.note(staleness=step - batch.policy_version[0].item())
-        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+        for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
-                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
                 if reference:
-                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
                     objective = objective - args.beta * stats["ref_kl"]
-                if engine.name == "vllm" and args.tis_cap > 0:
-                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
-                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm):
                 optimizer.step()
@@ -217,22 +215,9 @@ def train(args):
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         engine.sync()
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.log(meter.result() | rollout.summary(batch), batch)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.wake()
-            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
-            engine.sleep()
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.wake()
-        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
-        run.save(policy, optimizer)
-        run.finish(accuracy, len(held_out))
+
+    run.finish()
     engine.close()
     scorer.close()
     gpu.finish()

@@ -4,12 +4,13 @@ Idea: one completion per prompt, and a second network, the critic, that says at 
 come. A token's advantage is how much better things went from there on than the critic had said, blurred over the tokens
 ahead by lambda. The clip takes the incentive away from moving a token's probability far within one rollout.
 
-Objective, to be maximised; V is trained beside it on the loss below:
+Objective, to be maximised (as restated in arXiv 2402.03300, Eq. 1 and 2); V is trained beside it on the loss below:
     J = 1/N sum min(r A, clip(r, 1 - eps, 1 + eps) A) over all N tokens,   r = pi / pi_old
     A_t = d_t + gamma lambda A_{t+1},  d_t = R_t + gamma V_{t+1} - V_t,  V = 0 after the last token;  then A is whitened
     R_t = -beta log(pi_old / pi_ref) at every token, plus the score at the last one
     L_V = 1/2 1/N sum max((V - G)^2, (clip(V, V_old - eps_value, V_old + eps_value) - G)^2),   G = A + V_old, A not whitened
 
+Family: ratio
 Stand-alone: GRPO came out of this script by dropping the critic and letting a group of completions be the baseline.
 Differs from grpo.py in: prompts_per_step, group_size, token_rewards, gae, advantages, token_weights, kl_penalty,
     value_loss, explained_variance, Critic, train
@@ -64,7 +65,9 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
-    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -91,6 +94,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # PPO
+    limits = dict(gamma="0 <= x <= 1", lam="0 <= x <= 1")
     eps: float = 0.2
     """half-width of the clip interval (PPO paper)"""
     gamma: float = 1.0
@@ -187,13 +191,14 @@ def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from dataclasses import replace
 
-    from common import gpu, models, rewards, rollout, runlog, tasks
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
     task = tasks.load(args.task, tokenizer, args.prompt_template)
     context = models.check_context(config, task, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    run = runlog.Run(__file__, args, config, tokenizer, context, trained=2, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
@@ -201,16 +206,13 @@ def train(args):
     critic_optimizer = gpu.make_optimizer(critic, replace(args, lr=10 * args.lr if args.value_lr is None else args.value_lr))
     run.extra["critic"] = critic, critic_optimizer
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)
-    held_out = task.test[: args.eval_prompts]
-    if run.state["accuracy_before"] is None:
-        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
@@ -220,60 +222,48 @@ def train(args):
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, and of the reference; values of the critic, read in the same way.
-        batch.old_logp = rollout.logp_of(policy, batch, args)
-        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
-        batch.old_values = rollout.logp_of(critic, batch, args)
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        batch.columns["values"], _ = read(critic, batch, args)
         run.timed("old_logp")
 
         # Advantages over the whole rollout, of all processes.
-        scores = token_rewards(batch.reward.flatten(), batch.old_logp, batch.ref_logp, batch.mask, args)
-        scores, values, mask = map(gpu.gather, (scores, batch.old_values, batch.mask))
+        scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, batch.mask, args)
+        scores, values, mask = map(gpu.gather, (scores, batch.columns["values"], batch.mask))
         adv, returns = advantages(scores, values, mask, args)
-        batch.adv, batch.returns = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))
+        batch.adv, batch.columns["returns"] = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
-        meter = runlog.Meter()
+        meter = Meter()
         meter.note(explained_variance=explained_variance(values, returns, mask).item())
-        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+        for rows, weights in minibatches(batch, args, step, token_weights, value_weights=batch.mask):
             batch.weights, loss, critic_loss = weights, 0.0, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
-                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
-                if engine.name == "vllm" and args.tis_cap > 0:
-                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
                 values, _ = critic(mb.ids, mb.attention_mask, mb.mask)
-                micro_loss = (value_loss(values, mb.old_values, mb.returns, mb.mask, args) * mb.weights)[mb.mask].sum()
+                losses = value_loss(values, mb.columns["values"], mb.columns["returns"], mb.mask, args)
+                micro_loss = (losses * mb.columns["value_weights"])[mb.mask].sum()
                 micro_loss.backward()
                 critic_loss += micro_loss.item()
-                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             critic_norm = gpu.clip_gradients(critic, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm, gpu.total(critic_loss), critic_norm):
-                optimizer.step(), critic_optimizer.step()
-            optimizer.zero_grad(), critic_optimizer.zero_grad()
+                optimizer.step()
+                critic_optimizer.step()
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
             meter.note(value_loss=gpu.total(critic_loss), value_grad_norm=critic_norm)
         engine.sync()
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.log(meter.result() | rollout.summary(batch), batch)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.wake()
-            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
-            engine.sleep()
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.wake()
-        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
-        run.save(policy, optimizer)
-        run.finish(accuracy, len(held_out))
+
+    run.finish()
     engine.close()
     scorer.close()
     gpu.finish()

@@ -5,7 +5,7 @@ optimal policy's logits are soft Q-values, so DPO's sequence loss, unchanged, ha
 things follow without any further training: log-ratios say which tokens deserve the praise (credit), and beam search on the
 policy is search guided by a value function. And samples of the reference must lose likelihood, by how much is a KL.
 
-Objective, to be minimised: that of dpo.py. What its optimum means, with V* = 0 after the last token of a response:
+Objective: dpo.py's. What its optimum means, V* = 0 after the last token (derived anew; equation numbers not at hand):
     Q*(s, a) = r(s, a) + beta log pi_ref(a | s) + V*(s'),   V*(s) = beta log sum_a exp(Q*(s, a) / beta)
     pi*(a | s) = exp((Q*(s, a) - V*(s)) / beta)
     credit: c_t = beta (log pi*(y_t) - log pi_ref(y_t)) = r_t + V*(s_t+1) - V*(s_t): an advantage, not the reward itself, so it
@@ -19,7 +19,9 @@ find, in the policy and in the reference). No official code is public; the paper
 its 256 prompts are unconfirmed. Left out: training a second time from a start that has not seen the chosen responses (the
 paper's other decline curve).
 
-Differs from dpo.py in: token_advantages, alignment, beam_search, decoder, train
+Family: preference
+Differs from dpo.py in: train
+Measures: token_advantages, alignment, measure_credit, beam_widths, beam_search, measure_beams, measure
 Costs: a pass over the held-out pairs; searching decodes sum(beams) responses per prompt, twice, one token at a time over a
        key-value cache, with a whole copy of the reference in every process. Under torchrun with vLLM it is left out.
 Run:   python algos/r2q.py                                               tiny model, CPU, about a minute and a half
@@ -85,6 +87,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # R2Q
+    limits = dict(beta="0 < x", label_smoothing="0 <= x <= 1", beam_prompts="1 <= x")
     beta: float = 1.0
     """how strongly the KL to the reference is held (ours, for the tiny model; paper: as DPO, 0.1, unconfirmed)"""
     loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
@@ -139,23 +142,66 @@ def alignment(c, worth, rejected):
     return dict(correlation=pearson if pearson == pearson else None, wrong_token_auc=auc if len(wrong) and len(other) else None)
 
 
-def beam_search(next_logp, prompts, width, end, max_new_tokens, length_penalty=0.0):
-    """For each prompt (token ids) its best `width` responses found, best first: (score, sum of log-probs, token ids), with
-    score = sum / length^length_penalty. next_logp(prefixes [n], parents [n]) -> [n, V] gives the log-probs of the next token; a
-    parent is the row in the call before of the prefix that is one token shorter (None: there was none). The token that ends a
+def measure_credit(run, data, tokenizer, policy, reference):
+    """The advantages of all tokens of the held-out pairs, beside their true worth where that is known -> credit.json."""
+    import json
+
+    from common import pairs
+
+    args, held_out = run.args, data.test[: run.args.eval_prompts]
+    rows = [(p.prompt, y) for p in held_out for y in (p.chosen, p.rejected)]
+    both = zip(pairs.logp_of(policy, rows, args), pairs.logp_of(reference, rows, args))
+    credit = [token_advantages(a, b, torch.ones_like(a).bool(), args) for a, b in both]
+    gold = [torch.tensor(w) for p in held_out for w in p.gold or ()]
+    known = {}
+    if len(gold) == len(credit):
+        rejected = [torch.full(c.shape, i % 2 == 1) for i, c in enumerate(credit)]
+        known = alignment(torch.cat(credit), torch.cat(gold), torch.cat(rejected))
+    if not run.main:
+        return
+    table = []
+    for i, (_, y) in enumerate(rows[:32]):  # a heat map's numbers
+        row = dict(prompt=held_out[i // 2].text, response=("chosen", "rejected")[i % 2])
+        row |= dict(tokens=[tokenizer.decode([token]) for token in y], c=credit[i].tolist())
+        table.append(row | (dict(worth=gold[i].tolist()) if known else {}))
+    (run.dir / "credit.json").write_text(json.dumps(dict(known, responses=table)))
+    for row in table[:2]:
+        shown = " ".join(f"{token!r} {c:+.2f}" for token, c in zip(row["tokens"][:12], row["c"]))
+        run.bar.write(f"  credit, {row['response']}: {shown}")
+    said = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in known.items() if v is not None]
+    run.bar.write("  credit: " + ", ".join([*said, "see credit.json"]))
+
+
+def beam_widths(beams):
+    """Text of --beams -> [width]. Raises UserError."""
+    from common import UserError
+
+    widths = beams.split(",") if beams else []
+    if not all(w.isdecimal() and int(w) for w in widths):
+        raise UserError(f"--beams: widths of at least 1 with commas, like 1,2,5; is {beams!r}")
+    return [int(w) for w in widths]
+
+
+def beam_search(decoder, width, end, max_new_tokens, length_penalty=0.0):
+    """For each prompt its best `width` responses found, best first: (score, sum of log-probs, token ids), with score =
+    sum / length^length_penalty. decoder: an engines.Decoder that has read the prompts, one row each. The token that ends a
     response, one in `end`, is scored like any other, and must be among the `width` best of its step; at max_new_tokens a
     response is cut and counts as finished. Stops early where `width` finished ones cannot be beaten any more."""
-    beams = [[(0.0, [], None)] for _ in prompts]  # open: (sum, token ids, parent)
+    prompts, device = range(len(decoder.logits)), decoder.logits.device
+    beams = [[(0.0, [], None)] for _ in prompts]  # open: (sum, token ids, row of the prefix that is one token shorter)
     finished = [[] for _ in prompts]
     for length in range(1, max_new_tokens + 1):
-        rows = [(i, *beam) for i, some in enumerate(beams) for beam in some]
+        rows = [(i, *beam) for i in prompts for beam in beams[i]]
         if not rows:
             break
-        logp = next_logp([prompts[i] + ids for i, _, ids, _ in rows], [parent for *_, parent in rows])
+        if length > 1:
+            decoder.keep(torch.tensor([parent for *_, parent in rows], device=device))
+            decoder.feed(torch.tensor([ids[-1] for _, _, ids, _ in rows], device=device))
+        logp = decoder.logits.to(torch.promote_types(decoder.logits.dtype, torch.float32)).log_softmax(-1)
         best = logp.topk(min(logp.shape[1], width + len(end)))  # enough for `width` that go on, whatever ends
         candidates = [[] for _ in prompts]
-        for n, ((i, total, ids, _), values, tokens) in enumerate(zip(rows, best.values.tolist(), best.indices.tolist())):
-            candidates[i] += [(total + v, ids + [token], n) for v, token in zip(values, tokens) if v > -float("inf")]
+        for n, ((i, total, ids, _), *two) in enumerate(zip(rows, best.values.tolist(), best.indices.tolist())):
+            candidates[i] += [(total + v, ids + [token], n) for v, token in zip(*two) if v > -float("inf")]
         for i, some in enumerate(candidates):
             some.sort(key=lambda c: -c[0])
             ended = [c for c in some[:width] if c[1][-1] in end or length == max_new_tokens]
@@ -169,29 +215,51 @@ def beam_search(next_logp, prompts, width, end, max_new_tokens, length_penalty=0
     return finished
 
 
-def decoder(lm):
-    """A causal language model of transformers -> next_logp for beam_search. Prompts are padded on the left; keys and values
-    of the prefixes are kept and follow them, so that every call but the first reads one token per prefix."""
-    cache = None
+@torch.no_grad()
+def measure_beams(run, widths, data, tokenizer, engine, policy):
+    """What wider beams find by the log-probs of the policy, and by those of the reference -> beams.json."""
+    import json
 
-    @torch.no_grad()
-    def next_logp(prefixes, parents):
-        nonlocal cache
-        if parents[0] is None:
-            cache, width = None, max(map(len, prefixes))
-            ids = [[0] * (width - len(p)) + p for p in prefixes]
-        else:
-            cache.reorder_cache(torch.tensor(parents, device=lm.device))
-            ids, width = [p[-1:] for p in prefixes], cache.get_seq_length() + 1
-        ids, lengths = torch.tensor(ids, device=lm.device), torch.tensor([[len(p)] for p in prefixes], device=lm.device)
-        attention = torch.arange(width, device=lm.device) >= width - lengths
-        positions = (attention.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        out = lm(input_ids=ids, attention_mask=attention.long(), position_ids=positions, past_key_values=cache, use_cache=True,
-                 logits_to_keep=1)  # fmt: skip
-        cache, logits = out.past_key_values, out.logits[:, -1]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    from common import engines, gpu, models
+    from common.policy import head_rows
 
-    return next_logp
+    args = run.args
+    prompts = list({p.text: p for p in data.test}.values())[: args.beam_prompts]
+    mine = prompts[gpu.rank() :: gpu.world()]
+
+    def search(name, lm, width):
+        some, best = max(1, min(1024, head_rows(lm.config.vocab_size)) // width), []  # some prompts at a time
+        for i in range(0, len(mine), some):
+            ids, end = [p.prompt for p in mine[i : i + some]], models.end_tokens(lm, tokenizer)
+            out = beam_search(engines.Decoder(lm, ids), width, end, args.max_new_tokens, args.length_penalty)
+            best += [responses[0] for responses in out]
+        values = dict(logp=[logp for _, logp, _ in best], length=[len(ids) for *_, ids in best])
+        if data.reward:
+            texts = [tokenizer.decode(ids, skip_special_tokens=True) for *_, ids in best]
+            values["gold_reward"] = [data.reward(p.text, text) for p, text in zip(mine, texts)]
+        means = {k: gpu.total(sum(v)) / len(prompts) for k, v in values.items()}
+        if run.main:
+            said = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in means.items())
+            run.bar.write(f"  {name}, width {width}: {said}")
+        return means
+
+    if gpu.world() == 1:
+        engine = engines.HF(policy, tokenizer)  # the policy itself, whoever samples for the evaluation
+    if widths and engine.name == "hf":
+        with engine.whole() as lm:
+            found = dict(policy={width: search("policy", lm, width) for width in widths})
+        lm = models.load(args, gpu.device(), trainable=False).lm.to(gpu.device())
+        found["reference"] = {width: search("reference", lm, width) for width in widths}
+        if run.main:
+            (run.dir / "beams.json").write_text(json.dumps(dict(prompts=len(prompts), **found), indent=1))
+    elif widths and run.main:
+        run.bar.write("  note: no beam search: under torchrun it needs the whole copy of the policy that --engine hf has")
+
+
+def measure(run, widths, data, tokenizer, engine, policy, reference):
+    """After the training: what the policy knows about tokens, without any more of it. reference() -> the frozen start."""
+    measure_credit(run, data, tokenizer, policy, reference())
+    measure_beams(run, widths, data, tokenizer, engine, policy)
 
 
 # ---------------------------------------------------------------- the loop
@@ -199,23 +267,19 @@ def decoder(lm):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    import json
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    from common import UserError, gpu, judge, models, preferences, rollout, runlog
-
-    args, config, device = runlog.prepare(__file__, args)
-    widths = args.beams.split(",") if args.beams else []
-    sound = all(w.isdecimal() and int(w) for w in widths)
-    if not sound or args.beam_prompts < 1 or not 0 <= args.length_penalty < float("inf"):
-        raise UserError("--beams: widths of at least 1 with commas; --beam-prompts: at least 1; --length-penalty: at least 0")
+    args, config, device = settings.prepare(__file__, args)
+    widths = beam_widths(args.beams)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.ref == "live"))
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -224,20 +288,19 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             losses, stats = pair_loss(logp, ref_logp, mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
@@ -251,71 +314,11 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
 
-        # Credit: the advantages of all tokens of the held-out pairs, beside their true worth where that is known.
-        pairs = data.test[: args.eval_prompts]
-        rows = [(p.prompt, y) for p in pairs for y in (p.chosen, p.rejected)]
-        both = zip(*(preferences.logp_of(model, rows, args) for model in (policy, reference or frozen())))
-        credit = [token_advantages(a, b, torch.ones_like(a).bool(), args) for a, b in both]
-        gold = [torch.tensor(w) for p in pairs for w in p.gold or ()]
-        known = {}
-        if len(gold) == len(credit):
-            rejected = [torch.full(c.shape, i % 2 == 1) for i, c in enumerate(credit)]
-            known = alignment(torch.cat(credit), torch.cat(gold), torch.cat(rejected))
-        table = []
-        for i, (_, y) in enumerate(rows[:32]):  # a heat map's numbers
-            tokens = [tokenizer.decode([token]) for token in y]
-            table.append(dict(prompt=pairs[i // 2].text, response=("chosen", "rejected")[i % 2], tokens=tokens))
-            table[i] |= dict(c=credit[i].tolist()) | (dict(worth=gold[i].tolist()) if known else {})
-        if run.main:
-            (run.dir / "credit.json").write_text(json.dumps(dict(known, responses=table)))
-            for row in table[:2]:
-                shown = " ".join(f"{token!r} {c:+.2f}" for token, c in zip(row["tokens"][:12], row["c"]))
-                run.bar.write(f"  credit, {row['response']}: {shown}")
-            said = [f"{k.replace('_', ' ')} {v:.3f}" for k, v in known.items() if v is not None]
-            run.bar.write("  credit: " + ", ".join([*said, "see credit.json"]))
-
-        # Search: what wider beams find by the log-probs of the policy, and by those of the reference.
-        whole = policy.lm if gpu.world() == 1 else getattr(engine, "lm", None)
-        if widths and whole is None and run.main:
-            run.bar.write("  note: no beam search: under torchrun it needs the whole copy of the policy that --engine hf has")
-        prompts, found = list({p.text: p for p in data.test}.values())[: args.beam_prompts], {}
-        mine = prompts[gpu.rank() :: gpu.world()]
-        for name in ("policy", "reference") if widths and whole is not None else ():
-            lm = (whole if name == "policy" else models.load(args, device, trainable=False).lm.to(device)).eval()
-            for width in map(int, widths):
-                some, best = max(1, min(1024, models.head_rows(config.vocab_size)) // width), []  # some prompts at a time
-                for i in range(0, len(mine), some):
-                    ids, end = [p.prompt for p in mine[i : i + some]], models.end_tokens(lm, tokenizer)
-                    with gpu.no_checkpointing(lm):
-                        out = beam_search(decoder(lm), ids, width, end, args.max_new_tokens, args.length_penalty)
-                    best += [responses[0] for responses in out]
-                values = dict(logp=[logp for _, logp, _ in best], length=[len(ids) for *_, ids in best])
-                if data.reward:
-                    texts = [tokenizer.decode(ids, skip_special_tokens=True) for *_, ids in best]
-                    values["gold_reward"] = [data.reward(p.text, text) for p, text in zip(mine, texts)]
-                means = {k: gpu.total(sum(v)) / len(prompts) for k, v in values.items()}
-                found.setdefault(name, {})[width] = means
-                if run.main:
-                    said = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in means.items())
-                    run.bar.write(f"  {name}, width {width}: {said}")
-        if found and run.main:
-            (run.dir / "beams.json").write_text(json.dumps(dict(prompts=len(prompts), **found), indent=1))
-        run.end(judge.sentence(run.state["before"], after))
+    if run.after:
+        measure(run, widths, data, tokenizer, engine, policy, lambda: reference or frozen())
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

@@ -5,13 +5,14 @@ The baseline is thus one number for all prompts, an easy prompt gets credit for 
 enough. The variant with several (baseline group) first subtracts the group's mean, but still scales by the whole batch, so
 that a group of nearly equal rewards is not blown up.
 
-Objective, to be maximised:
+Objective, to be maximised (section 4.2.3 for the constants):
     J = 1/N sum min(r A, clip(r, 1 - eps, 1 + eps) A) over all N tokens,   r = pi / pi_old
     batch:  A = (A' - mean A') / sqrt(var A' + 1e-8) over the tokens of the rollout, which count alike: longer completions more
             A'_t = R_t + gamma A'_{t+1},   R_t = -beta log(pi_old / pi_ref), plus the score at the last token
     group:  the same with score - mean score of the group; the penalty is beta/2 log(pi / pi_ref)^2, taken from the objective
     none:   A = A', Williams' estimator without a baseline
 
+Family: ratio
 Differs from grpo.py in: returns, advantages, token_weights, kl_penalty, train
 Costs: nothing extra.
 Run:   python algos/reinforce.py                                tiny model, CPU, about a minute
@@ -64,7 +65,9 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
-    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -91,6 +94,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # REINFORCE
+    limits = dict(gamma="0 <= x <= 1")
     baseline: Literal["batch", "group", "none"] = "batch"
     """batch (REINFORCE++), group (REINFORCE++-baseline: the group's mean, then the batch's) or none (raw returns)"""
     eps: float = 0.2
@@ -152,29 +156,27 @@ def kl_penalty(logp, ref_logp, mask):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+    from common import UserError, engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     if args.group_size < 2 and args.baseline == "group":
         raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
     tokenizer = models.load_tokenizer(args)
     task = tasks.load(args.task, tokenizer, args.prompt_template)
     context = models.check_context(config, task, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)
-    held_out = task.test[: args.eval_prompts]
-    if run.state["accuracy_before"] is None:
-        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
@@ -184,33 +186,31 @@ def train(args):
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, and of the reference.
-        batch.old_logp = rollout.logp_of(policy, batch, args)
-        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
         # Advantages over the whole rollout, of all processes.
         old_logp, mask = gpu.gather(batch.old_logp), gpu.gather(batch.mask)
         ref_logp = gpu.gather(batch.ref_logp) if reference and args.baseline != "group" else None
-        adv = gpu.local(advantages(gpu.gather(batch.reward), old_logp, ref_logp, mask, args))
-        batch.adv = adv[:, : batch.mask.shape[1]]
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), old_logp, ref_logp, mask, args)
+        batch.adv = gpu.local(adv)[:, : batch.mask.shape[1]]
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
-        meter = runlog.Meter()
-        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+        meter = Meter()
+        for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
-                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
                 if reference:
-                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
                     if args.baseline == "group":  # with the others it is part of the reward
                         objective = objective - args.beta * stats["ref_kl"]
-                if engine.name == "vllm" and args.tis_cap > 0:
-                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
-                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm):
                 optimizer.step()
@@ -218,22 +218,9 @@ def train(args):
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         engine.sync()
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.log(meter.result() | rollout.summary(batch), batch)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.wake()
-            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
-            engine.sleep()
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.wake()
-        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
-        run.save(policy, optimizer)
-        run.finish(accuracy, len(held_out))
+
+    run.finish()
     engine.close()
     scorer.close()
     gpu.finish()

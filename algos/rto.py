@@ -12,7 +12,10 @@ The clips are the authors' code, which also averages over a completion's tokens 
 with the biased variance; here both are PPO's. Without c the DPO model's excesses are learnt (try --dpo-scale 1 --dpo-clip 0
 --max-new-tokens 28). On built-in tasks the score is the gold reward (letters: up to 16).
 
-Differs from ppo.py in: prompts_per_step, epochs, beta, dpo_rewards, token_rewards, dpo_loss, dpo_stage, train
+Family: preference
+Differs from ppo.py in: prompts_per_step, epochs, beta, dpo_rewards, token_rewards, dpo_loss, check_task,
+    dpo_stage, dpo_model, train
+Measures: measure
 Costs: stage 1, once; then two frozen models, the reference and the DPO model, and a forward pass of each per rollout.
 Run:   python algos/rto.py                                      tiny model on letters, CPU, about a minute
        python algos/rto.py --dpo-scale 0                        the same by PPO; --shape last: the whole DPO term at the end
@@ -64,7 +67,9 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
-    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -91,6 +96,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # RTO
+    limits = dict(gamma="0 <= x <= 1", lam="0 <= x <= 1", dpo_pairs_per_step="1 <= x")
     tiny_preset = dict(
         task="letters", steps=100, prompts_per_step=6, minibatches=1, epochs=2, lr=2e-4, value_lr=1e-3, beta=0.05,
         max_new_tokens=9, dpo_scale=0.3, dpo_clip=0.3, score_clip=0.0, checkpoint_every=50,
@@ -125,7 +131,7 @@ class Args:
     """DPO's beta in stage 1 (ours: with 1 the log-ratios have the scale of the gold reward)"""
     dpo_lr: float = 2e-4
     """AdamW's rate in stage 1 (ours, for the tiny model)"""
-    dpo_pairs: int = 48
+    dpo_pairs_per_step: int = 48
     """pairs per update in stage 1, over all processes (ours)"""
 
 
@@ -227,72 +233,71 @@ def dpo_loss(logp, ref_logp, mask, args):
 # ---------------------------------------------------------------- the loop
 
 
+def check_task(args):
+    """UserError where the DPO model is to be trained on pairs of a task that has none."""
+    from common import UserError, tasks
+
+    if args.dpo_model is None and not getattr(tasks.world(args.task), "pair", None):
+        raise UserError(f"--task {args.task} has no pairs for stage 1; give a model that algos/dpo.py trained by --dpo-model")
+
+
 def dpo_stage(folder, args, config, tokenizer, run):
     """Stage 1: trains the DPO model on the task's built-in pairs and writes it to `folder`, whole or not at all."""
-    import os
-    import shutil
     from types import SimpleNamespace
 
-    from common import UserError, gpu, models, preferences
+    from common import gpu, models, pairs, whole_folder
 
-    args = SimpleNamespace(**vars(args) | dict(data=args.task, beta=args.dpo_beta, pairs_per_step=args.dpo_pairs))
-    data = preferences.load(args, config, tokenizer)
+    args = SimpleNamespace(**vars(args) | dict(data=args.task, pairs_per_step=args.dpo_pairs_per_step))
+    data = pairs.load(args, config, tokenizer)
     reference = gpu.shard(models.load(args, gpu.device(), trainable=False))
 
     def loss(logp, mb):
-        return dpo_loss(logp, preferences.logp_now(reference, mb), mb.mask, args)
+        return dpo_loss(logp, pairs.logp_now(reference, mb), mb.mask, args)
 
-    model = preferences.fit("DPO model", loss, data, args, run, args.dpo_steps, args.dpo_lr)
-    weights = {}
-    for name, weight in gpu.full_weights(model):  # all ranks take part, one keeps
-        if run.main:
-            weights[name] = weight.cpu().contiguous()
+    model = pairs.fit("DPO model", loss, data, args, run, args.dpo_steps, args.dpo_lr)
+    weights = {k: w.cpu().contiguous() for k, w in gpu.full_weights(model) if run.main}  # all ranks take part, one keeps
     if run.main:
-        scratch = folder.with_suffix(".tmp")
-        try:
-            for old in (scratch, folder):
-                shutil.rmtree(old, ignore_errors=True)
-            scratch.mkdir()
-            models.write_weights(model.lm, weights, scratch)
+        with whole_folder(folder, "the DPO model") as scratch:
+            gpu.write_weights(model.lm, weights, scratch)
             tokenizer.save_pretrained(scratch)
-            os.rename(scratch, folder)
-        except Exception as error:  # safetensors and tokenizers have errors of their own for a full disk
-            reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"cannot write the DPO model to {folder}: {reason}") from None
     gpu.gather_objects(None)  # the others wait for the folder
+
+
+def dpo_model(args, config, tokenizer, run):
+    """The frozen DPO model: the one that is given, or stage 1's, in the run folder, where a resumed run finds it."""
+    from common import UserError, gpu, models
+
+    folder = args.dpo_model or gpu.gather_objects(run.dir)[0] / "dpo"
+    if args.dpo_model is None and not (args.resume and folder.is_dir()):
+        dpo_stage(folder, args, config, tokenizer, run)
+    start = Args(**vars(args) | dict(model=str(folder)))
+    if models.load_tokenizer(start).get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"--dpo-model {folder} has other tokens than --model {args.model}")
+    return gpu.shard(models.load(start, gpu.device(), trainable=False))
+
+
+def measure(meter, batch, dpo_logp, args):
+    """The DPO term of a rollout, the share of it at its limit, its sum over a completion, and the KL to the reference."""
+    term = dpo_rewards(dpo_logp, batch.ref_logp, batch.mask, args)
+    clipped = (term.abs() >= args.dpo_clip).float() * (args.dpo_clip > 0)
+    meter.add(dict(dpo_term=term, dpo_clipped=clipped, ref_kl=batch.old_logp - batch.ref_logp), batch.mask)
+    meter.add(dict(dpo_sum=term.sum(1)), batch.mask.any(1))
 
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from dataclasses import replace
 
-    from common import UserError, games, gpu, models, rewards, rollout, runlog, tasks
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
 
-    args, config, device = runlog.prepare(__file__, args)
-    if args.dpo_model is None and args.task not in games.GAMES:
-        raise UserError(
-            f"--task {args.task} has no pairs to train the DPO model on ({', '.join(games.GAMES)} have); "
-            "train one by algos/dpo.py on pairs of yours and give its folder: --dpo-model path/to/folder"
-        )
-    for name in ("dpo_scale", "dpo_clip", "score_clip", "dpo_steps", "dpo_beta", "dpo_lr"):
-        if not 0 <= getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be a number of at least 0, is {getattr(args, name)}")
-    if args.dpo_pairs < 1 or args.dpo_pairs % gpu.world():
-        raise UserError(f"--dpo-pairs {args.dpo_pairs} cannot be shared evenly by {gpu.world()} processes")
+    args, config, device = settings.prepare(__file__, args)
+    check_task(args)
     tokenizer = models.load_tokenizer(args)
     task = tasks.load(args.task, tokenizer, args.prompt_template)
     context = models.check_context(config, task, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
-
-    # Stage 1: the DPO model, in the run folder, where a resumed run finds it; or the one that is given.
-    folder = args.dpo_model or gpu.gather_objects(run.dir)[0] / "dpo"
-    if args.dpo_model is None and not (args.resume and folder.is_dir()):
-        dpo_stage(folder, args, config, tokenizer, run)
-    start = replace(args, model=str(folder))
-    if models.load_tokenizer(start).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--dpo-model {folder} has other tokens than --model {args.model}")
-    dpo = gpu.shard(models.load(start, device, trainable=False))
-
+    run = runlog.Run(__file__, args, config, tokenizer, context, trained=2, frozen=2)
+    dpo = dpo_model(args, config, tokenizer, run)
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False))
     optimizer = gpu.make_optimizer(policy, args)
@@ -300,16 +305,13 @@ def train(args):
     critic_optimizer = gpu.make_optimizer(critic, replace(args, lr=10 * args.lr if args.value_lr is None else args.value_lr))
     run.extra["critic"] = critic, critic_optimizer
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)
-    held_out = task.test[: args.eval_prompts]
-    if run.state["accuracy_before"] is None:
-        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
@@ -319,65 +321,50 @@ def train(args):
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, of the reference and the DPO model; values of the critic, read in the same way.
-        batch.old_logp = rollout.logp_of(policy, batch, args)
-        batch.ref_logp = rollout.logp_of(reference, batch, args)
-        dpo_logp = rollout.logp_of(dpo, batch, args)
-        batch.old_values = rollout.logp_of(critic, batch, args)
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp, _ = read(reference, batch, args)
+        dpo_logp, _ = read(dpo, batch, args)
+        batch.columns["values"], _ = read(critic, batch, args)
         run.timed("old_logp")
 
         # Advantages over the whole rollout, of all processes.
-        scores = token_rewards(batch.reward.flatten(), batch.old_logp, batch.ref_logp, dpo_logp, batch.mask, args)
-        scores, values, mask = map(gpu.gather, (scores, batch.old_values, batch.mask))
+        scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, dpo_logp, batch.mask, args)
+        scores, values, mask = map(gpu.gather, (scores, batch.columns["values"], batch.mask))
         adv, returns = advantages(scores, values, mask, args)
-        batch.adv, batch.returns = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))
+        batch.adv, batch.columns["returns"] = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
-        meter = runlog.Meter()
-        term = dpo_rewards(dpo_logp, batch.ref_logp, batch.mask, args)
-        clipped = (term.abs() >= args.dpo_clip).float() * (args.dpo_clip > 0)
-        meter.add(dict(dpo_term=term, dpo_clipped=clipped, ref_kl=batch.old_logp - batch.ref_logp), batch.mask)
-        meter.add(dict(dpo_sum=term.sum(1)), batch.mask.any(1))
+        meter = Meter()
+        measure(meter, batch, dpo_logp, args)
         meter.note(explained_variance=explained_variance(values, returns, mask).item())
-        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+        for rows, weights in minibatches(batch, args, step, token_weights, value_weights=batch.mask):
             batch.weights, loss, critic_loss = weights, 0.0, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
-                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
-                if engine.name == "vllm" and args.tis_cap > 0:
-                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
                 values, _ = critic(mb.ids, mb.attention_mask, mb.mask)
-                micro_loss = (value_loss(values, mb.old_values, mb.returns, mb.mask, args) * mb.weights)[mb.mask].sum()
+                losses = value_loss(values, mb.columns["values"], mb.columns["returns"], mb.mask, args)
+                micro_loss = (losses * mb.columns["value_weights"])[mb.mask].sum()
                 micro_loss.backward()
                 critic_loss += micro_loss.item()
-                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             critic_norm = gpu.clip_gradients(critic, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm, gpu.total(critic_loss), critic_norm):
-                optimizer.step(), critic_optimizer.step()
-            optimizer.zero_grad(), critic_optimizer.zero_grad()
+                optimizer.step()
+                critic_optimizer.step()
+            optimizer.zero_grad()
+            critic_optimizer.zero_grad()
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
             meter.note(value_loss=gpu.total(critic_loss), value_grad_norm=critic_norm)
         engine.sync()
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.log(meter.result() | rollout.summary(batch), batch)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.wake()
-            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
-            engine.sleep()
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.wake()
-        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
-        run.save(policy, optimizer)
-        run.finish(accuracy, len(held_out))
+
+    run.finish()
     engine.close()
     scorer.close()
     gpu.finish()

@@ -4,10 +4,11 @@ Idea: GRPO's clip is a cliff: inside the interval a token counts fully, outside 
 smooth gate on the ratio, 1 at r = 1 and falling off on both sides, so that every token keeps some gradient. A negative
 advantage gets a slightly steeper gate, since it pushes probability onto all the tokens that were not sampled.
 
-Objective, to be maximised:
+Objective, to be maximised (as transcribed in TRL's documentation; equation numbers not at hand):
     J = 1/B sum_i 1/|y_i| sum_t f(r) A,   f(r) = 4 / tau * sigmoid(tau (r - 1)),   tau = tau_pos if A > 0 else tau_neg
     gradient per token:  sech^2(tau/2 (r - 1)) r A   (on-policy: that of the unclipped objective, for every tau)
 
+Family: ratio
 Differs from grpo.py in: surrogate
 Costs: nothing extra.
 Run:   python algos/sapo.py                                     tiny model, CPU, about a minute
@@ -60,7 +61,9 @@ class Args:
     engine: Literal["auto", "hf", "vllm"] = "auto"
     """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
     tis_cap: float = 2.0
-    """truncated importance sampling: cap of pi_old / pi_sampler per token where the engine is vLLM; 0: off"""
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -87,6 +90,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # SAPO
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other")
     tau_pos: float = 1.0
     """temperature of the gate where the advantage is positive (verl, TRL, ms-swift)"""
     tau_neg: float = 1.05
@@ -130,29 +134,25 @@ def kl_penalty(logp, ref_logp, mask):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import UserError, gpu, models, rewards, rollout, runlog, tasks
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
 
-    args, config, device = runlog.prepare(__file__, args)
-    if args.group_size < 2:
-        raise UserError("--group-size must be at least 2: the completions of a prompt are compared with each other")
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
     task = tasks.load(args.task, tokenizer, args.prompt_template)
     context = models.check_context(config, task, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)
-    held_out = task.test[: args.eval_prompts]
-    if run.state["accuracy_before"] is None:
-        run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
@@ -162,30 +162,28 @@ def train(args):
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, and of the reference.
-        batch.old_logp = rollout.logp_of(policy, batch, args)
-        batch.ref_logp = rollout.logp_of(reference, batch, args) if reference else None
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
         # Advantages over the whole rollout, of all processes.
-        adv = gpu.local(advantages(gpu.gather(batch.reward), args))
-        batch.adv = adv.reshape(-1, 1).expand_as(batch.old_logp)
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
-        meter = runlog.Meter()
-        for rows, weights in rollout.minibatches(batch, args, step, token_weights):
+        meter = Meter()
+        for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
                 logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
-                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.mask, args)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
                 if reference:
-                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.mask)
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
                     objective = objective - args.beta * stats["ref_kl"]
-                if engine.name == "vllm" and args.tis_cap > 0:
-                    objective = objective * (mb.old_logp - mb.sampler_logp).exp().clamp(max=args.tis_cap)
-                micro_loss = -(objective * mb.weights)[mb.mask].sum()
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
                 micro_loss.backward()
                 loss += micro_loss.item()
-                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.mask)
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm):
                 optimizer.step()
@@ -193,22 +191,9 @@ def train(args):
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         engine.sync()
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.log(meter.result() | rollout.summary(batch), batch)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.wake()
-            run.evaluated(rollout.evaluate(engine, scorer, tokenizer, held_out, args), len(held_out))
-            engine.sleep()
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.wake()
-        accuracy = rollout.evaluate(engine, scorer, tokenizer, held_out, args)
-        run.save(policy, optimizer)
-        run.finish(accuracy, len(held_out))
+
+    run.finish()
     engine.close()
     scorer.close()
     gpu.finish()

@@ -5,12 +5,13 @@ grows with the length. SimPO takes the mean log-prob of a response under the pol
 generation rank responses alike and length buys nothing, and no reference is needed. The chosen response is to win by a target
 margin, gamma; with no reference, nothing but the learning rate holds the policy near its start.
 
-Objective, to be minimised, y_w the chosen and y_l the rejected response:
+Objective, to be minimised (Eq. 6), y_w the chosen and y_l the rejected response:
     L = mean over pairs of -log sigmoid(beta z),   z = l(y_w) - l(y_l) - gamma / beta,   l(y) = 1/|y| sum_t log pi(y_t)
     so beta z = reward(y_w) - reward(y_l) - gamma, with the reward beta l(y), below 0 always
     with --loss hinge: max(0, 1 - beta z);   with --sft-weight c: - c l(y_w) is added
 The margin is given as gamma / beta, as in the authors' code; TRL and LLaMA-Factory have a flag for gamma itself.
 
+Family: preference
 Differs from dpo.py in: ref, pair_loss, train
 Costs: less than DPO: no reference in training. One is loaded for the evaluation alone, which measures the KL to the start.
 Run:   python algos/simpo.py                                             tiny model, CPU, about a minute
@@ -74,6 +75,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # SimPO
+    limits = dict(beta="0 < x", label_smoothing="0 <= x <= 1")
     beta: float = 2.0
     """scale of the mean log-probs (paper: 2 to 2.5, for two of its models 10; the authors' code: 2)"""
     gamma_beta_ratio: float = 0.5
@@ -113,34 +115,33 @@ def pair_loss(logp, mask, args):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import gpu, judge, models, preferences, rollout, runlog
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=1)
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # No reference: the start is loaded for the evaluation, which measures how far the policy has gone.
     def frozen():
         return gpu.shard(models.load(args, device, trainable=False))
 
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, frozen(), data, tokenizer, run)
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, frozen(), data, tokenizer, run)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
-
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
             losses, stats = pair_loss(logp, mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
@@ -155,21 +156,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

@@ -5,14 +5,16 @@ can say more: asked once for a better and once for a worse version of a response
 probabilities, and their ratio is a reward per token that no one had to label. A regulariser draws the policy's token rewards
 towards it, on pairs that DPO has not told apart yet.
 
-Objective, to be minimised (unconfirmed, since no official code could be read: R's sum over tokens, and w's having no gradient):
+Objective, to be minimised (from a summary of the paper, no official code could be read; equation numbers not at hand;
+unconfirmed: R's sum over tokens, and w's having no gradient):
     L = mean over pairs of -log sigmoid(beta z) + alpha w (R(y_w) + R(y_l)),   z = D(y_w) - D(y_l) as in dpo.py
     R(y) = -beta sum_t r_hat_t log pi(y_t),   r_hat_t = sigmoid(log pi_ref(y_t | x_better) / pi_ref(y_t | x_worse)) - 1/2
     w = sigmoid(-beta z), no gradient through w and r_hat; R is, up to a constant, minus r_hat times the policy's token rewards
 Gradient of log pi(y_t): -beta w (1 + alpha r_hat_t) where chosen, beta w (1 - alpha r_hat_t) where rejected. That is tgdpo.py's
 form: r_hat comes from prompts instead of a guide, and w from the margin without weights.
 
-Differs from dpo.py in: token_reward, revision, pair_loss, train
+Family: preference
+Differs from dpo.py in: token_reward, revision, pair_loss, has_tags, revision_columns, train
 Costs: two more forward passes of the frozen reference over the data, once, with prompts that quote the response.
 Run:   python algos/t_reg.py                                             tiny model, CPU, about a minute
        python algos/t_reg.py --model qwen2.5-1.5b-instruct --beta 0.1    UltraFeedback on one GPU
@@ -77,6 +79,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # T-REG
+    limits = dict(beta="0 < x")
     beta: float = 0.3
     """how strongly the KL to the reference is held (dpo.py's; what the paper takes is unconfirmed)"""
     alpha: float = 0.25
@@ -125,22 +128,54 @@ def pair_loss(logp, ref_logp, better_logp, worse_logp, mask, args):
 # ---------------------------------------------------------------- the loop
 
 
+def has_tags(data):
+    """Whether the prompts are a built-in task's, with a tag for the version that is wanted; UserError where they have none."""
+    from common import UserError, tasks
+
+    tagged = tasks.world(data.name) is not None
+    if tagged and data.train[0].text[1] != "n":
+        raise UserError(f"--data {data.name}: its prompts have no better and worse variants; letters, letters4 and files do")
+    return tagged
+
+
+def revision_columns(run, frozen, data, config, tokenizer, tagged):
+    """Log-probs of all responses under the model of frozen(), after either revision prompt: the columns better and worse. Where
+    one of the two is too long, after its own prompt twice: r_hat is 0."""
+    from common import pairs
+
+    too_long = set()
+
+    def revisions(pair, response):
+        answer = tokenizer.decode(response, skip_special_tokens=True)
+        texts = [revision(pair.text, answer, better, tagged) for better in (True, False)]
+        prompts = [pairs.prompt_ids(text, tokenizer) for text in texts]
+        if max(map(len, prompts)) + len(response) <= config.max_position_embeddings:
+            return prompts
+        too_long.add((pair.id, response is pair.chosen))
+        return pair.prompt, pair.prompt
+
+    better = pairs.cached(run, "better", frozen, data, lambda *row: revisions(*row)[0])
+    worse = pairs.cached(run, "worse", frozen, data, lambda *row: revisions(*row)[1])
+    if too_long and run.main:
+        print(f"note: {len(too_long):,} responses have no token reward: their revision prompts are too long", flush=True)
+    return dict(better=better, worse=worse)
+
+
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import UserError, games, gpu, judge, models, preferences, rollout, runlog
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    tagged = args.data in games.GAMES
-    if tagged and data.train[0].text[1] != "n":
-        raise UserError(f"--data {args.data}: its prompts have no better and worse variants; letters, letters4 and files do")
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    tagged = has_tags(data)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.ref == "live"))
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -149,39 +184,22 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
-    # It reads every response after both revision prompts, too; where one is too long, after its own prompt twice: r_hat is 0.
-    too_long = set()
+    data.columns |= revision_columns(run, frozen, data, config, tokenizer, tagged)
 
-    def revisions(pair, response):
-        answer = tokenizer.decode(response, skip_special_tokens=True)
-        texts = [revision(pair.text, answer, better, tagged) for better in (True, False)]
-        prompts = [preferences.prompt_ids(text, tokenizer) for text in texts]
-        if max(map(len, prompts)) + len(response) <= config.max_position_embeddings:
-            return prompts
-        too_long.add((pair.id, response is pair.chosen))
-        return pair.prompt, pair.prompt
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
-    for i, name in enumerate(("better", "worse")):
-        data.columns[name] = preferences.cached(run, name, frozen, data, lambda *row, i=i: revisions(*row)[i])
-    if too_long and run.main:
-        print(f"note: {len(too_long):,} responses have no token reward: their revision prompts are too long", flush=True)
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
-
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
-            better_logp, worse_logp = mb.columns["better"], mb.columns["worse"]
-            losses, stats = pair_loss(logp, ref_logp, better_logp, worse_logp, mb.mask, args)
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            losses, stats = pair_loss(logp, ref_logp, mb.columns["better"], mb.columns["worse"], mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
             loss += micro_loss.item()
@@ -194,21 +212,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

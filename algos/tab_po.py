@@ -9,10 +9,12 @@ Objective, to be minimised, y_w the chosen and y_l the rejected response, omega_
     L = mean over pairs of -log sigmoid(beta z) + lambda B(y_w)
     z = S(y_w) - S_ref(y_w) - S(y_l) + S_ref(y_l),   S(y) = 1/|y| sum_t w_t log pi(y_t)   (S_ref: with the same weights)
     B(y) = sum_t g_t w_t (-log pi(y_t)) / max(1, sum_t g_t w_t),   g_t = [pi(y_t) < tau], no gradient
-This is the authors' code; that the paper has the same is unconfirmed. The code weighs a value wherever its text occurs, here it
-is weighed where it stands as the value of its field. Its negatives are gold records edited by frequent confusions.
+This is the authors' code; that the paper has the same is unconfirmed (equation numbers not at hand). The code weighs a value
+wherever its text occurs, here it is weighed where it stands as the value of its field. Its negatives are gold records edited
+by frequent confusions.
 
-Differs from dpo.py in: value_weights, token_weights, pair_loss, train
+Family: preference
+Differs from dpo.py in: value_weights, token_weights, pair_loss, weight_column, train
 Costs: nothing beyond DPO; the weights are made once, of the data alone.
 Run:   python algos/tab_po.py                                               tiny model, CPU, about a minute
        python algos/tab_po.py --model qwen2.5-1.5b-instruct --data train.jsonl --field-weights Code=1.1,Sub-code=1.2,Span=1.1
@@ -77,6 +79,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # TAB-PO
+    limits = dict(beta="0 < x", tau="0 < x <= 1", difference_weight="0 < x")
     tiny_preset = dict(data="record")
     beta: float = 0.5
     """of the margin z of means, far weaker than the same beta of DPO's sums (the authors' code)"""
@@ -96,16 +99,15 @@ class Args:
 def value_weights(pieces, fields):
     """The texts of a response's tokens [T], {field: weight} -> weights [T] of tokens with a character of a field's value, the
     largest where there are several; 1 elsewhere. A field is "name": "value" (or a number), or name: value up to , ; ) ] }"""
-    import bisect
-    import itertools
     import re
 
-    text, ends, weights = "".join(pieces), list(itertools.accumulate(map(len, pieces))), [1.0] * len(pieces)
+    text, weights = "".join(pieces), [1.0] * len(pieces)
+    token = [t for t, piece in enumerate(pieces) for _ in piece]  # that a character of the text is in
     for name, weight in sorted(fields.items(), key=lambda field: field[1]):
         value = r'"?\s*:\s*(?:"((?:[^"\\]|\\.)+)"|([^\s",;()\[\]{}][^\n",;()\[\]{}]*))'
         for match in re.finditer(rf"(?<![\w-]){re.escape(name)}{value}", text):
             start, end = match.span(match.lastindex)
-            for t in range(bisect.bisect_right(ends, start), bisect.bisect_left(ends, end) + 1):
+            for t in range(token[start], token[end - 1] + 1):
                 weights[t] = weight
     return weights
 
@@ -113,11 +115,8 @@ def value_weights(pieces, fields):
 def token_weights(chosen, rejected, piece, fields, args):
     """Token ids of a pair [T_w], [T_l], the text of a token, {field: weight} -> omega_t of each, [T_w] and [T_l]."""
     weights = [torch.tensor(value_weights([piece(i) for i in y], fields)) for y in (chosen, rejected)]
-    for t, (a, b) in enumerate(zip(chosen, rejected)):
-        if a != b:
-            for w in weights:
-                w[t] *= args.difference_weight
-    return weights
+    factor = torch.tensor([args.difference_weight if a != b else 1.0 for a, b in zip(chosen, rejected)])
+    return [torch.cat([w[: len(factor)] * factor, w[len(factor) :]]) for w in weights]
 
 
 def pair_loss(logp, ref_logp, weight, mask, args):
@@ -140,29 +139,40 @@ def pair_loss(logp, ref_logp, weight, mask, args):
 # ---------------------------------------------------------------- the loop
 
 
-def train(args):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+def weight_column(data, tokenizer, args):
+    """omega_t of all responses, of the data alone, by the text of single tokens. UserError where --field-weights is no list."""
     import functools
 
-    from common import UserError, gpu, judge, models, preferences, rollout, runlog
+    from common import UserError, gpu
 
-    args, config, device = runlog.prepare(__file__, args)
     try:
         fields = {n.strip(): float(w) for n, w in (f.rsplit("=", 1) for f in filter(None, args.field_weights.split(",")))}
     except ValueError:
         raise UserError(f"--field-weights must be like Code=1.1,Span=1.2, is {args.field_weights}") from None
-    if not all(0 < w < float("inf") for w in (*fields.values(), args.difference_weight)):
-        raise UserError("--field-weights and --difference-weight must be above 0")
-    if not 0 < args.tau <= 1 or not 0 <= args.barrier < float("inf"):
-        raise UserError(f"--tau must be in (0, 1] and --barrier at least 0, are {args.tau} and {args.barrier}")
+    if not all(0 < w < float("inf") for w in fields.values()):
+        raise UserError(f"--field-weights must be above 0, is {args.field_weights}")
+    piece = functools.cache(lambda i: tokenizer.decode([i], skip_special_tokens=True))
+    seen = {w for p in data.train[:1000] for w in value_weights([piece(i) for i in p.chosen], fields)}
+    if gpu.rank() == 0 and fields and not seen & set(fields.values()):
+        print(f"note: no field of --field-weights {args.field_weights} is found in the first chosen responses", flush=True)
+    return [w for p in data.train + data.test for w in token_weights(p.chosen, p.rejected, piece, fields, args)]
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
+
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    data.columns["weight"] = weight_column(data, tokenizer, args)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.ref == "live"))
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -171,29 +181,19 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
-    # The weights: of the data alone, by the text of single tokens.
-    piece = functools.cache(lambda i: tokenizer.decode([i], skip_special_tokens=True))
-    data.columns["weight"] = [
-        w for p in data.train + data.test for w in token_weights(p.chosen, p.rejected, piece, fields, args)
-    ]
-    seen = {w for p in data.train[:1000] for w in value_weights([piece(i) for i in p.chosen], fields)}
-    if run.main and fields and not seen & set(fields.values()):
-        run.bar.write(f"note: no field of --field-weights {args.field_weights} is found in the first chosen responses")
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
-
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             losses, stats = pair_loss(logp, ref_logp, mb.columns["weight"], mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
@@ -207,21 +207,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

@@ -5,11 +5,12 @@ gives a token the advantage beta (log-ratio + KL of the reference to the policy 
 a response the KLs along it enter the sum. TDPO1 is what follows from the derivation; it is rewarded for drifting away on the
 chosen response's prefixes, which TDPO2 removes by a stop-gradient: what is left pulls the policy back on the rejected ones.
 
-Objective, to be minimised, y_w the chosen and y_l the rejected response, u DPO's margin of log-ratios:
+Objective, to be minimised (the authors' code; equation numbers not at hand), u DPO's margin, y_w chosen, y_l rejected:
     L = mean over pairs of -log sigmoid(beta (u - delta)),   D(y) = sum_t KL(pi_ref || pi) over the vocabulary, after y_<t
     TDPO1: delta = D(y_l) - D(y_w)      TDPO2: delta = alpha (D(y_l) - stop_gradient(D(y_w)))   (alpha = 0: DPO)
 The authors' configuration defaults to TDPO1, also under their README's command for TDPO2; their log of a softmax may give NaN.
 
+Family: preference
 Differs from dpo.py in: ref, token_kl, pair_loss, train
 Costs: the frozen reference runs beside the policy in every step, for its whole distributions are too much to keep; both are
        read some positions at a time, and again in the backward pass.
@@ -74,6 +75,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # TDPO
+    limits = dict(beta="0 < x")
     variant: Literal["tdpo1", "tdpo2"] = "tdpo2"
     """with TDPO1 the gradient reaches the KL of both responses; TDPO2 (the paper's choice) detaches the chosen one's"""
     beta: float = 0.3
@@ -119,17 +121,18 @@ def pair_loss(logp, ref_logp, kl, mask, args):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import gpu, judge, models, preferences, rollout, runlog
+    from common import engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=1)
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start, beside the policy: the KL needs its whole distributions.
@@ -137,17 +140,16 @@ def train(args):
         return gpu.shard(models.load(args, device, trainable=False))
 
     reference = frozen()
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, ref_logp, kl, entropy = policy(mb.ids, mb.attention_mask, mb.mask, read=token_kl, beside=[reference])
             losses, stats = pair_loss(logp, ref_logp, kl, mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
@@ -162,21 +164,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

@@ -4,7 +4,7 @@ Idea: DPO pushes all tokens of a response alike. A guide, a frozen model that ha
 to the reference which tokens made a response good or bad; the KL strength then depends on the token, and what is left of the
 derivation is DPO with a weight on every token's log-ratio. The policy starts from the SFT model again, not from the guide.
 
-Objective, to be minimised (1 + on the chosen side, 1 - on the rejected one; no gradient through r_hat):
+Objective, to be minimised (the official code; equation numbers not at hand; no gradient through r_hat):
     L = mean over pairs of -log sigmoid(beta z),   z = sum_t f_t^w d_t^w - sum_t f_t^l d_t^l,   d_t = log pi / pi_ref (y_t)
     f_t^w = 1 + alpha r_hat_t^w,   f_t^l = 1 - alpha r_hat_t^l,   r_hat_t = beta log pi_guide / pi_ref (y_t)
 The proof needs f > 0; the official code does not enforce it, nor does this one: see negative_weights. As there, the beta inside
@@ -12,6 +12,7 @@ r_hat is the loss's; in the paper it is the guide's. A guide that has made both 
 rejected one more (rejected_weight, chosen_weight): then the loss also falls when everything becomes less likely. The tiny model
 shows it on letters, where it does worse than DPO; a small alpha is the remedy that the proof asks for.
 
+Family: preference
 Differs from dpo.py in: pair_loss, train
 Costs: a run of DPO for the guide, here a short one; one forward pass of it over the data, kept like the reference's.
 Run:   python algos/tgdpo.py                                             tiny model, CPU, about a minute
@@ -77,6 +78,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # TGDPO
+    limits = dict(beta="0 < x")
     beta: float = 0.3
     """how strongly the KL to the reference is held (dpo.py's; official example: 0.1; paper: 0.01, unconfirmed)"""
     alpha: float = 0.5
@@ -117,17 +119,18 @@ def pair_loss(logp, ref_logp, guide_logp, mask, args):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from common import UserError, gpu, judge, models, preferences, rollout, runlog
+    from common import UserError, engines, gpu, judge, models, pairs, runlog, settings
+    from common.batch import Meter
 
-    args, config, device = runlog.prepare(__file__, args)
+    args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    data = preferences.load(args, config, tokenizer)
-    context = preferences.context(data, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context)
+    data = pairs.load(args, config, tokenizer)
+    context = pairs.context(data, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, trained=2, frozen=int(args.ref == "live"))
     policy = gpu.shard(models.load(args, device))
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = rollout.make_engine(policy, tokenizer, args, context)
+    engine = engines.make_engine(policy, tokenizer, args, context)
     engine.sleep()
 
     # The reference is the start: all its log-probs now, or the model itself beside the policy.
@@ -136,7 +139,7 @@ def train(args):
 
     reference = frozen() if args.ref == "live" else None
     if args.ref == "cached":
-        data.columns["ref_logp"] = preferences.cached(run, "reference", frozen, data)
+        data.columns["ref_logp"] = pairs.cached(run, "reference", frozen, data)
 
     # The guide: given, or the start after updates on this loss with the reference as its own guide, which is DPO.
     def guide():
@@ -147,25 +150,24 @@ def train(args):
             return gpu.shard(models.load(other, device, trainable=False))
 
         def loss(logp, mb):
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             return pair_loss(logp, ref_logp, ref_logp, mb.mask, args)[0]
 
-        return preferences.fit("guide", loss, data, args, run, args.guide_steps, args.lr)
+        return pairs.fit("guide", loss, data, args, run, args.guide_steps, args.lr)
 
-    data.columns["guide_logp"] = preferences.cached(run, "guide", guide, data)
-    if "before" not in run.state:
-        run.state["before"] = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
+    data.columns["guide_logp"] = pairs.cached(run, "guide", guide, data)
 
-    while run.state["step"] < args.steps:
-        step = run.state["step"]
-        run.start_step()
+    def evaluate():
+        engine.sync()
+        return judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
 
+    for step in run.steps(policy, optimizer, evaluate):
         # Update: one pass over the step's pairs, of which every process has its share.
-        pairs = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
-        meter, loss, tokens = runlog.Meter(), 0.0, 0
-        for mb in preferences.micro_batches(pairs, data, args):
+        some = gpu.local(data.order(step * args.pairs_per_step, args.pairs_per_step, args.seed))
+        meter, loss, tokens = Meter(), 0.0, 0
+        for mb in pairs.micro_batches(some, data, args):
             logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask)
-            ref_logp = preferences.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
+            ref_logp = pairs.logp_now(reference, mb) if reference else mb.columns["ref_logp"]
             losses, stats = pair_loss(logp, ref_logp, mb.columns["guide_logp"], mb.mask, args)
             micro_loss = (losses * mb.weights).sum()
             micro_loss.backward()
@@ -179,21 +181,9 @@ def train(args):
         optimizer.zero_grad()
         meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         run.timed("update")
-
-        run.state["step"] = step + 1
         run.write(meter.result(), int(gpu.total(tokens)), judge.SHOWN)
-        if args.eval_every and (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            engine.sync()
-            judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0:
-            run.save(policy, optimizer)
-        if run.stopping(policy, optimizer):
-            break
-    else:
-        engine.sync()
-        after = judge.evaluate(engine, policy, reference or frozen(), data, tokenizer, run)
-        run.save(policy, optimizer)
-        run.end(judge.sentence(run.state["before"], after))
+
+    run.finish(judge.sentence(run))
     engine.close()
     gpu.finish()
 

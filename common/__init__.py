@@ -1,13 +1,17 @@
 """What every script shares and no paper changes: models, tasks, rewards, rollouts, devices, run folders."""
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
+from pathlib import Path
 
 # Chatter at import that says nothing to the user: torchao's optional kernels, a deprecation inside torch's pytree.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(SystemExit):
@@ -20,3 +24,29 @@ class UserError(SystemExit):
 
     def __str__(self):
         return self.message
+
+
+def reason(error, longest=160):
+    """An exception as part of a line: the system's word for it, else the first line of its text, else its name."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (getattr(error, "strerror", None) or (lines or [type(error).__name__])[0])[:longest]
+
+
+@contextlib.contextmanager
+def whole_folder(folder, what):
+    """Gives a scratch folder to be filled, which then becomes `folder`, whole or not at all. UserError, naming `what`."""
+    folder = Path(folder)
+    scratch = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        for path in [*scratch.iterdir(), scratch]:
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(scratch, folder)
+    except Exception as error:  # torch, safetensors and tokenizers have errors of their own for a full disk
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(f"cannot write {what} {folder}: {reason(error)}") from None

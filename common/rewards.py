@@ -1,7 +1,4 @@
-"""Rewards: reading the stated answer out of a completion and comparing it, where completions are hostile input.
-
-python -m common.rewards path/to/gsm8k/train.jsonl    scores every gold solution against its own and the next answer
-"""
+"""Rewards: reading the stated answer out of a completion and comparing it, where completions are hostile input."""
 
 import contextlib
 import functools
@@ -13,14 +10,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from multiprocessing import Pipe, connection, spawn
 from pathlib import Path
 
-from common import UserError
+from common import ROOT
 
 LONGEST = 1024  # characters of a stated answer; a longer one is wrong, however it goes on
 START_S = 60.0  # seconds in which a worker must have imported its check
@@ -132,11 +127,6 @@ def _math_verify():
     return parse, verify, [LatexExtractionConfig()]
 
 
-def exact(text, answer):
-    """(stripped text, 1.0 where it is the stripped answer, else 0.0)."""
-    return text.strip(), float(text.strip() == answer.strip())
-
-
 def maths(text, answer):
     """(what the completion states, 1.0 where its value is the answer's, else 0.0). The gold answer may be a whole
     solution: what follows its last #### counts, else its last box, else all of it. May hang: run it in a Scorer."""
@@ -184,10 +174,10 @@ def _work(handle):
 
 
 class Scorer:
-    """Runs `check(text, answer) -> (extracted, score in 0..1)` over batches, in `workers` processes that live on from
-    call to call. A check that takes over `timeout_s` seconds, or crashes its process, scores 0 and counts in
-    `timeouts`; its process is killed and replaced. A function `check.warm_up` runs at a worker's start, off the
-    clock. `inline=True`: trusted, fast checks, in this process, of any score. One thread at a time may call."""
+    """Runs `check(text, answer) -> (extracted, score in 0..1)` over batches, in `workers` processes that live on from call to
+    call. A check that takes over `timeout_s` seconds, or crashes its process, scores 0 and counts in `timeouts`; its process is
+    killed and replaced. A function `check.warm_up` runs at a worker's start, off the clock. inline: trusted, fast checks, in
+    this process, of any score. One thread at a time may call."""
 
     def __init__(self, check, timeout_s=5.0, workers=2, inline=False):
         self.check, self.timeout_s, self.workers, self.inline = check, timeout_s, workers, inline
@@ -227,16 +217,14 @@ class Scorer:
     def _start(self):
         """A bare interpreter: a multiprocessing.Process would import the training script, and torch with it, anew."""
         pipe, theirs = Pipe()
-        root, handle = str(Path(__file__).resolve().parents[1]), theirs.fileno()
-        boot = f"import sys; sys.path.insert(0, {root!r}); from common.rewards import _work; _work({handle})"
-        command = [sys.executable, "-P", "-c", boot]
-        process = subprocess.Popen(command, pass_fds=[handle], stdin=subprocess.DEVNULL)
+        handle = theirs.fileno()
+        boot = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common.rewards import _work; _work({handle})"
+        process = subprocess.Popen([sys.executable, "-P", "-c", boot], pass_fds=[handle], stdin=subprocess.DEVNULL)
         theirs.close()
         setup, check = {"sys_path": sys.path}, pickle.dumps(self.check)
         if b"__main__" in check:
             main = sys.modules["__main__"]
-            named = main.__spec__ is not None
-            setup |= {"init_main_from_name": main.__spec__.name} if named else {"init_main_from_path": main.__file__}
+            setup |= {"init_main_from_name": main.__spec__.name} if main.__spec__ else {"init_main_from_path": main.__file__}
         with contextlib.suppress(EOFError, OSError):
             pipe.send_bytes(pickle.dumps((self.timeout_s, setup, check)))
             if pipe.poll(START_S) and pipe.recv_bytes() == b"ready":
@@ -254,36 +242,3 @@ class Scorer:
         """Kills the workers. A later call starts new ones."""
         while self.idle:
             self._kill(*self.idle.pop())
-
-
-def main(arguments):
-    if len(arguments) != 1:
-        raise UserError("usage: python -m common.rewards path/to/gsm8k/train.jsonl")
-    path, started, golds, values = arguments[0], time.monotonic(), [], []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                golds.append(json.loads(line)["answer"])
-                values.append(Decimal(golds[-1].rpartition("####")[2].strip().replace(",", "")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, InvalidOperation) as error:
-        raise UserError(f"{path}:{len(values) + 1}: needs an 'answer' that ends in '#### number' ({error!r})") from None
-    if not golds:
-        raise UserError(f"{path} is empty")
-    others = [i for i in range(len(golds) - 1) if values[i] != values[i + 1]]
-    scorer = Scorer(maths)
-    own = int(sum(scorer(golds, golds)[1]))
-    false = int(sum(scorer([golds[i] for i in others], [golds[i + 1] for i in others])[1]))
-    scorer.close()
-    print(
-        f"{own:,} of {len(golds):,} gold solutions score 1 against their own answer; {false:,} of {len(others):,} "
-        f"score 1 against the next row's ({time.monotonic() - started:.1f} s)"
-    )
-    return int(own < len(golds) or false > 0)
-
-
-if __name__ == "__main__":
-    from common.rewards import main  # its `maths` is one that a worker can import, and not one of __main__
-
-    sys.exit(main(sys.argv[1:]))

@@ -1,22 +1,23 @@
-"""Tasks: where prompts come from, what a right answer is, and demonstrations for the warm start of the tiny model."""
+"""Tasks: where prompts come from, what a right answer is, and what a tiny model's warm start is made of."""
 
-import ast
+import dataclasses
 import difflib
 import functools
-import itertools
+import importlib
+import inspect
 import json
 import os
 import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from common import UserError, rewards
+from common import UserError, reason, rewards
 
-SYNTHETIC = ("addition", "countdown")
-MATH = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus".split()
-HUB = {"gsm8k": ("openai/gsm8k", ["main"]), "math": ("EleutherAI/hendrycks_math", MATH)}
+WORLDS = sorted(p.stem for p in (Path(__file__).parent / "worlds").glob("*.py") if p.stem not in ("__init__", "tiny"))
 CHAT_TEMPLATE = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+HELD_OUT = 512
 
 
 @dataclass
@@ -31,25 +32,31 @@ class Example:
 
 @dataclass
 class Task:
-    """Prompts with their checker. `check(text, answer) -> (extracted, score)`; `inline` means check is trusted,
-    pure Python and fast, so that it needs no worker process; `demonstrate(rng, example, careful)` -> a completion."""
+    """Prompts with their checker, and, from `demonstrate` on, what a world has besides: a task, built in or a script's own,
+    that a tiny model is warm-started on."""
 
     name: str
     train: list
     test: list
-    check: Callable
-    inline: bool = False
-    demonstrate: Callable | None = None
+    check: Callable  # (text, answer) -> (extracted, score)
+    inline: bool = False  # check is trusted, pure Python and fast, so that it needs no worker process
+    demonstrate: Callable | None = None  # (rng, example, careful) -> a completion, careful or from habit
     template: str = "{prompt}"
     shown: list = field(default_factory=list)  # what the warm start sees besides train
+    measure: str = "accuracy"  # what a score is called: accuracy, or score where it is a gold reward
+    max_new_tokens: int | None = None  # what a right completion takes, and some room; None: the preset's
+    recipe: dict = field(default_factory=dict)  # what the warm start does otherwise (worlds.tiny.RECIPE)
+    shape: dict = field(default_factory=dict)  # fields of the tiny model's config
+    tokenizer: Callable | None = None  # () -> the tiny model's tokenizer; None: one token per character
+    pair: Callable | None = None  # (rng, prompt) -> (chosen, rejected) or None, for preferences
+    reward: Callable | None = None  # (prompt, text) -> the true reward
+    worth: Callable | None = None  # (prompt, text) -> that of every character
+    responses: Callable | None = None  # () -> every response there is, where they can be listed
 
     def order(self, cursor, n, seed):
         """The n training examples from position `cursor` on: every epoch is a new permutation drawn from (seed, epoch)."""
-        out = []
-        for i in range(cursor, cursor + n):
-            epoch, k = divmod(i, len(self.train))
-            out.append(self.train[_permutation(len(self.train), seed, epoch)[k]])
-        return out
+        places = [divmod(i, len(self.train)) for i in range(cursor, cursor + n)]
+        return [self.train[_permutation(len(self.train), seed, epoch)[k]] for epoch, k in places]
 
 
 @functools.lru_cache(maxsize=4)
@@ -57,250 +64,125 @@ def _permutation(n, seed, epoch):
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
 
 
-# ---------------------------------------------------------------- synthetic tasks
+@functools.lru_cache(maxsize=4)
+def _world(name):
+    kind, _, option = name.partition(":")
+    make = importlib.import_module(f"common.worlds.{kind}").task
+    variants = inspect.signature(make).parameters
+    if option and not variants:
+        raise UserError(f"task {name}: {kind} has no variants")
+    return make(option) if variants else make()
 
 
-def check_addition(text, answer):
-    """The sum is what follows the last colon; anything else is scratch."""
-    extracted = text.rsplit(":", 1)[-1].strip() if ":" in text else None
-    return extracted, float(extracted == answer)
-
-
-def demonstrate_addition(rng, example, careful=0.3):
-    """The share `careful` adds column by column with carries and is right; the rest states a sum at once, mostly wrong."""
-    a, b = example.prompt.rstrip("=").split("+")
-    if rng.random() >= careful:
-        off = 0 if rng.random() < 0.1 else rng.choice((-20, -11, -10, -2, -1, 1, 2, 10, 11, 20))
-        return f":{max(0, int(example.answer) + off)}"
-    carry, columns = 0, []
-    for i, (x, y) in enumerate(zip(reversed(a), reversed(b))):
-        column = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}" + (f"+{carry}" if i else "") + f"={column:02d}")
-        carry = column // 10
-    return " ".join(columns) + ":" + example.answer
-
-
-def addition(digits=2, n_test=512):
-    """Sums of two numbers of `digits` digits. Two digits: all 8,100 pairs; more: 8,192 random ones. The split is fixed."""
-    low, high = 10 ** (digits - 1), 10**digits - 1
-    rng = random.Random(0)
-    if digits <= 2:
-        pairs = [(a, b) for a in range(low, high + 1) for b in range(low, high + 1)]
-        rng.shuffle(pairs)
-    else:
-        pairs = list({(rng.randint(low, high), rng.randint(low, high)): None for _ in range(8192)})
-    n_test = min(n_test, len(pairs) // 2)
-    examples = [Example(i, f"{a}+{b}=", str(a + b)) for i, (a, b) in enumerate(pairs)]
-    return Task(f"addition:{digits}", examples[n_test:], examples[:n_test], check_addition, True, demonstrate_addition)
-
-
-def evaluate(expression):
-    """Value of an expression of + - * and small integers, or None. Never `eval`: parsed, depth and size bounded."""
-    if len(expression) > 64:
+def world(name):
+    """The built-in task of this name, `kind` or `kind:option`, made by common/worlds/<kind>.py; None where there is none."""
+    if name is None or name.partition(":")[0] not in WORLDS:
         return None
-    try:
-        tree = ast.parse(expression.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
-
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) is int and node.value < 1000:
-            return node.value, [node.value]
-        if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub, ast.Mult)):
-            (x, used), (y, more) = value(node.left), value(node.right)
-            return {ast.Add: x + y, ast.Sub: x - y, ast.Mult: x * y}[type(node.op)], used + more
-        raise ValueError
-
-    try:
-        return value(tree)
-    except (ValueError, RecursionError):
-        return None
+    task = _world(name)  # made once; encode() writes into examples, so everyone gets examples of their own
+    own = {part: [dataclasses.replace(e) for e in getattr(task, part)] for part in ("train", "test", "shown")}
+    return dataclasses.replace(task, **own)
 
 
-def check_countdown(text, answer):
-    """Right when what follows the last colon uses every given number once and makes the target ('3 5 8=16')."""
-    numbers, target = answer.split("=")
-    extracted = text.rsplit(":", 1)[-1].strip() if ":" in text else None
-    result = evaluate(extracted) if extracted else None
-    right = result is not None and result[0] == int(target) and sorted(result[1]) == sorted(map(int, numbers.split()))
-    return extracted, float(right)
+def source(args):
+    """What the script's prompts or pairs come from: its --task or its --data; None for a script with neither."""
+    return getattr(args, "task", None) or getattr(args, "data", None)
 
 
-def _expressions(numbers):
-    """Every a op b op c without brackets over the orders of the numbers, with its value."""
-    for order in itertools.permutations(numbers):
-        for ops in itertools.product("+-*", repeat=len(numbers) - 1):
-            text = str(order[0]) + "".join(o + str(n) for o, n in zip(ops, order[1:]))
-            yield text, evaluate(text)[0]
-
-
-def demonstrate_countdown(rng, example, careful=0.3):
-    """The share `careful` tries expressions until one fits and is right; the rest states a random expression."""
-    numbers, target = example.answer.split("=")
-    tries = list(_expressions([int(n) for n in numbers.split()]))
-    if rng.random() >= careful:
-        return ":" + rng.choice(tries)[0]
-    right = rng.choice([t for t in tries if t[1] == int(target)])
-    wrong = [t for t in tries if t[1] != int(target)]
-    wrong = rng.sample(wrong, min(len(wrong), rng.randint(0, 2)))
-    return " ".join(f"{t}={v}" for t, v in wrong + [right]) + ":" + right[0]
-
-
-def countdown(count=3, n_test=512):
-    """Reach the target with every given number exactly once, by + - and *."""
-    problems = [
-        (numbers, target)
-        for numbers in itertools.combinations_with_replacement(range(1, 10), count)
-        for target in sorted({value for _, value in _expressions(numbers)})
-        if 0 <= target < 100
-    ]
-    rng = random.Random(0)
-    rng.shuffle(problems)  # whole problems are held out: another order of the numbers is no other problem
-    n_test = min(n_test, len(problems) // 4)
-    orders = [(rng.sample(n, count), t) for n, t in problems[:n_test]]
-    orders += [(n, t) for numbers, t in problems[n_test:] for n in sorted(set(itertools.permutations(numbers)))]
-    texts = [f"{' '.join(map(str, numbers))}={target}" for numbers, target in orders]
-    examples = [Example(i, f"{text}?", text) for i, text in enumerate(texts)]
-    return Task(f"countdown:{count}", examples[n_test:], examples[:n_test], check_countdown, True, demonstrate_countdown)
-
-
-# ---------------------------------------------------------------- files, the hub, reasoning-gym
-
-
-def _pair(row, where):
+def _prompt_and_answer(row, where):
+    """An object with the fields prompt and answer, or their like -> (prompt, answer). UserError, with where it stands."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: needs an object with prompt and answer")
     for prompt, answer in (("prompt", "answer"), ("question", "answer"), ("problem", "solution")):
         if row.get(prompt) is not None and row.get(answer) is not None:
             return str(row[prompt]), str(row[answer])
     raise UserError(f"{where}: needs the fields prompt and answer (or question and answer), has {sorted(row)}")
 
 
-def jsonl(path, n_test=512):
-    """Prompts of a .jsonl file. A sibling test.jsonl of a train.jsonl is the held-out split; else every row whose
-    position hashes low is, up to n_test rows and a fifth of the file."""
-
-    def read(path):
-        rows = []
-        try:
-            with open(path, encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{path}:{number}: not JSON ({error})") from None
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}:{number}: needs an object with prompt and answer")
-                    rows.append(_pair(row, f"{path}:{number}"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the task file {path}: {error}") from None
-        return rows
-
+def read_rows(path, parse):
+    """A .jsonl file -> (rows to train on, held-out rows or None), each parse(object, "file:line"). The held-out ones are
+    those of a train.jsonl's sibling test.jsonl. Raises UserError with file and line."""
     folder, name = os.path.split(path)
-    sibling = os.path.join(folder, name.replace("train", "test"))
-    train, test = read(path), read(sibling) if "train" in name and os.path.exists(sibling) else None
-    return _split(path, train, test, n_test)
+    sibling, rows = os.path.join(folder, name.replace("train", "test")), []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(parse(json.loads(line), f"{path}:{number}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the file {path}: {error}") from None
+    return rows, read_rows(sibling, parse)[0] if "train" in name and os.path.exists(sibling) else None
 
 
-def _split(name, train, test, n_test, check=rewards.maths, template=CHAT_TEMPLATE):
+def read_hub(repository, advice, parts=(None,)):
+    """A repository's data sets on the Hugging Face hub, one per configuration in `parts`. Raises UserError with advice."""
+    import datasets
+
+    try:
+        return [datasets.load_dataset(repository, part) for part in parts]
+    except Exception as error:
+        raise UserError(f"data set {repository} could not be had from the hub ({reason(error)}); {advice}") from None
+
+
+def from_hub(name, repository, parts):
+    """A task whose rows are those of a repository on the hub, with its own split."""
+    data = read_hub(repository, f"for {name} give a local file with prompt/answer fields: --task path/to/train.jsonl", parts)
+    rows = ([_prompt_and_answer(row, f"{name} {s}") for part in data for row in part[s]] for s in ("train", "test"))
+    return from_rows(name, *rows)
+
+
+def from_rows(name, train, test, n_test=HELD_OUT, check=rewards.maths, template=CHAT_TEMPLATE):
+    """Rows (prompt, answer) -> Task. Without held-out rows (None) a fifth is held out, n_test at most."""
     if test is None:
         order = random.Random(0).sample(range(len(train)), len(train))
         held = set(order[: min(n_test, len(train) // 5)])
-        test, train = [r for i, r in enumerate(train) if i in held], [r for i, r in enumerate(train) if i not in held]
+        test, train = ([row for i, row in enumerate(train) if (i in held) == side] for side in (True, False))
     if not train or not test:
         raise UserError(f"task {name}: needs at least 5 rows to train on some and hold some out")
     examples = [Example(i, *row) for i, row in enumerate(train + test[:n_test])]
     return Task(name, examples[: len(train)], examples[len(train) :], check, template=template)
 
 
-def hub(name, n_test=512):
-    """GSM8K or MATH from the Hugging Face hub."""
-    import datasets
-
-    repository, parts = HUB[name]
-    try:
-        data = [datasets.load_dataset(repository, part) for part in parts]
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"task {name}: data set {repository} could not be had from the hub ({reason}); "
-            "give a local file with prompt/answer fields: --task path/to/train.jsonl"
-        ) from None
-    rows = {s: [_pair(row, f"{name} {s}") for part in data for row in part[s]] for s in ("train", "test")}
-    return _split(name, rows["train"], rows["test"], n_test)
-
-
-def check_reasoning_gym(name, text, answer):
-    """Scored by the library's own verifier of data set `name`; `answer` is the entry as JSON."""
-    import reasoning_gym
-
-    extracted = rewards.extract(text)
-    scorer = reasoning_gym.get_score_answer_fn(name)
-    return extracted, float(scorer(answer=extracted, entry=json.loads(answer)) >= 1.0)
-
-
-def _import_reasoning_gym():
-    import reasoning_gym  # noqa: F401
-
-
-def reasoning_gym(name, n_train=4096, n_test=512):
-    """A generated task of the library reasoning-gym."""
-    import reasoning_gym as gym
-    from reasoning_gym.factory import DATASETS
-
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, 3, 0.3)
-        raise UserError(f"unknown reasoning_gym task {name!r}; nearest: {', '.join(near) or 'none'}")
-    rows = [(e["question"], json.dumps(e, default=str)) for e in gym.create_dataset(name, size=n_train + n_test, seed=0)]
-    check = functools.partial(check_reasoning_gym, name)
-    check.warm_up = _import_reasoning_gym  # by the checking process, off the clock
-    return _split(f"reasoning_gym:{name}", rows[n_test:], rows[:n_test], n_test, check)
-
-
 def load(name, tokenizer=None, prompt_template=None):
-    """The task called `name`: addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file.
-    With a tokenizer, every prompt gets its token ids, through the chat template where the tokenizer has one.
-    Raises UserError on an unknown name, with the nearest ones."""
-    from common import games
-
-    kind, _, option = name.partition(":")
-    if name in games.GAMES:
-        task = games.task(name)
-    elif kind in SYNTHETIC:
-        if option and not (option.isascii() and option.isdigit() and int(option)):
-            raise UserError(f"task {name}: {option!r} is not a positive number")
-        if kind == "countdown" and option not in ("", "2", "3", "4"):
-            raise UserError(f"task {name}: 2, 3 or 4 numbers (one is no problem; for five there are too many ways to list)")
-        task = {"addition": addition, "countdown": countdown}[kind](*([int(option)] if option else []))
-    elif kind == "reasoning_gym":
-        task = reasoning_gym(option)
-    elif name in HUB:
-        task = hub(name)
-    elif name.endswith((".jsonl", ".json")) or os.path.exists(name):
-        task = jsonl(name)
-    else:
-        known = [*SYNTHETIC, *HUB, "reasoning_gym:<name>", "path/to/file.jsonl"]
+    """The task called `name`: a world (addition[:digits], gsm8k, reasoning_gym:<name>, ...) or a .jsonl file, with token
+    ids where there is a tokenizer. Raises UserError on an unknown name, with the nearest."""
+    task = world(name)
+    if task is None and not name.endswith((".jsonl", ".json")) and not os.path.exists(name):
+        known = [*WORLDS, "path/to/file.jsonl"]
         near = difflib.get_close_matches(name, known, 3, 0.3)
         raise UserError(f"unknown task {name!r}; nearest: {', '.join(near or known)}; known: {', '.join(known)}")
-    if tokenizer is not None:
-        encode(task, tokenizer, prompt_template)
-    return task
+    task = task or from_rows(name, *read_rows(name, _prompt_and_answer))
+    return task if tokenizer is None else encode(task, tokenizer, prompt_template)
+
+
+def tokenize(texts, tokenizer, what, **kwargs):
+    """Token ids of texts. Raises UserError where the tokenizer has only its word for the unknown for a character or word."""
+    ids, unknown = tokenizer(texts, **kwargs)["input_ids"], tokenizer.unk_token_id
+    for text, row in zip(texts, ids):
+        if unknown in row and unknown not in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+            parts = [("character", c) for c in text] + [("word", w) for w in text.split()]
+            strange = [p for p in parts if unknown in tokenizer(p[1], add_special_tokens=False)["input_ids"]]
+            if strange and tokenizer.unk_token not in text:
+                kind, part = strange[0]
+                raise UserError(f"{what}: the tokenizer does not know the {kind} {part!r} of {text[:60]!r}")
+    return ids
 
 
 def encode(task, tokenizer, prompt_template=None):
-    """Fills in `ids` of every example. `prompt_template` is a Python format string with the one field {prompt}."""
-    template = prompt_template or task.template
+    """The task with `ids` filled in for every example, through the chat template where the tokenizer has one.
+    `prompt_template` is a Python format string with the one field {prompt}."""
+    template, examples = prompt_template or task.template, task.train + task.test + task.shown
     try:
         if {name for _, name, _, _ in string.Formatter().parse(template)} - {None} != {"prompt"}:
             raise ValueError(repr(template))
-        texts = [template.format(prompt=e.prompt) for e in task.train + task.test + task.shown]
+        texts = [template.format(prompt=e.prompt) for e in examples]
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--prompt-template needs the field {{prompt}} and no other ({error})") from None
     if tokenizer.chat_template:
-        texts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
-            for t in texts
-        ]
-    ids = tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    for example, row in zip(task.train + task.test + task.shown, ids):
+        turns = [[dict(role="user", content=t)] for t in texts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    ids = tokenize(texts, tokenizer, f"task {task.name}", add_special_tokens=not tokenizer.chat_template)
+    for example, row in zip(examples, ids):
         example.ids = row
+    return task

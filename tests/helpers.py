@@ -192,6 +192,7 @@ def die_at(function, argument, after=False):
 @pytest.fixture(scope="session")
 def tiny():
     """Folder of the warm-started tiny model (made now, where it is not cached): a model folder like any other."""
-    from common import models
+    from common import tasks
+    from common.worlds import tiny
 
-    return models.warm_start("addition")
+    return tiny.warm_start(tasks.load("addition"))

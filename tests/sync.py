@@ -1,114 +1,157 @@
-"""Keeps the scripts in step: what a script's `Differs from <base>.py in:` line does not name is byte-identical to the base.
+"""Keeps the scripts in step: what a script does not name as different is its base's, byte for byte.
 
-python -m tests.sync            rewrites every script from its base, after the base has changed, and README's table
-python -m tests.sync REVISION   the same for a change of the base since a git revision that is older than the last commit
+python -m tests.sync            rewrites every script from its base, after a change of the base, and the pages
+python -m tests.sync REVISION   the same for a change since a git revision that is older than the last commit
 python -m tests.sync --check    says what is out of step, changes nothing (the guard of tests/test_sync.py)
+python -m tests.sync sapo       prints the lesson: the lines that a script changes of its base
+
+`Differs from <base>.py in: <parts>` names what differs. A script without that line is a base, and its
+docstring says `Base:` or `Stand-alone:`. `Same as <script>.py: <parts>` names what stands word for word in a
+third script: it is held to that one instead of the base, needs no mention in `Differs from`, and its lines
+are not counted, since they are not this paper's. `Measures: <parts>` names what only looks and never touches the
+training: counted apart.
 """
 
-import ast
-import difflib
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from tests import pages
+from tests.parts import (
+    UNCOMPARED,
+    changed_lines,
+    changes,
+    chunks,
+    difference,
+    differs,
+    family,
+    measures,
+    note,
+    same,
+    split,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = ROOT / "algos"
-OWN = re.compile(r"^    # [A-Z]", re.M)  # the heading above a method's own fields in Args
+UNSAID = "equation numbers not at hand"  # what a docstring says where no source of the script has them
+PLACE = re.compile(rf"\b(Eqs?\. ?\(?\d|[Ss]ections? \d|[Aa]ppendix [A-Z\d]|Algorithm \d|Table \d)|{UNSAID}")
+BUDGET = (60, 20)  # changed lines of a lesson at most: all, and those inside its loop
+# Who may have more, and why. A number is what is there, or the budget's where that is kept.
+EXCEPTIONS = {
+    "ppo": (101, 34, "a critic: a second model with a loss and an optimizer of its own"),
+    "rto": (79, 20, "trains a DPO model first: two methods in one script"),
+    "dapo": (60, 24, "samples until the groups teach: the rollout itself is a loop"),
+}
 
 
 def scripts():
-    """All scripts, bases before what differs from them."""
+    """Names of all scripts, each after those that it is held to."""
     found = {p.stem: p.read_text() for p in sorted(ALGOS.glob("*.py")) if p.name != "__init__.py"}
 
-    def depth(name):
-        base = differs(found[name])[0]
-        return 0 if base is None or base not in found else 1 + depth(base)
+    def depth(name, path=()):
+        if name in path:
+            raise ValueError("scripts are held to each other in a circle: " + ", ".join([*path, name]))
+        above = [n for n in {differs(found[name])[0], *same(found[name]).values()} if n in found]
+        return 1 + max((depth(n, (*path, name)) for n in above), default=-1)
 
     return sorted(found, key=lambda n: (depth(n), n))
 
 
-def differs(text):
-    """-> (base or None, names that may differ) from the docstring of a script's text."""
-    match = re.search(r"^Differs from (\w+)\.py in: (.+(?:\n +.+)*)$", ast.get_docstring(ast.parse(text)) or "", re.M)
-    return (match[1], [n.strip() for n in match[2].split(",")]) if match else (None, [])
-
-
-def chunks(text):
-    """A script as an ordered {name: lines}, each with the blank lines and comments above it: `docstring`, functions and
-    classes by name, fields of Args by name, `own fields`, and anything else by its first line."""
-    tree, lines, out, end = ast.parse(text), text.splitlines(keepends=True), {}, 0
-
-    def put(name, last):
-        nonlocal end
-        assert name not in out, f"{name} twice"
-        out[name] = "".join(lines[end:last])
-        end = last
-
-    for i, node in enumerate(tree.body):
-        if i == 0 and isinstance(node, ast.Expr):
-            put("docstring", node.end_lineno)
-        elif isinstance(node, ast.ClassDef) and node.name == "Args":
-            body = node.body
-            put("Args", body[0].lineno - 1)
-            for field, doc in zip(body[::2], body[1::2]):
-                if OWN.search("".join(lines[end : field.lineno - 1])):
-                    put("own fields", node.end_lineno)
-                    break
-                put(field.target.id, doc.end_lineno)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            put(node.name, node.end_lineno)
-        else:
-            put(lines[node.lineno - 1].strip(), node.end_lineno)
-    if end < len(lines):
-        put("end", len(lines))
-    return out
-
-
 def out_of_step(name, text, base_text):
-    """Complaints, one a line, about a script's text against its base's."""
+    """Complaints about a script's text against its base's."""
     base, allowed = differs(text)
     mine, theirs, complaints = chunks(text), chunks(base_text), []
-    for chunk in [c for c in {**theirs, **mine} if c not in ("docstring", "own fields")]:
+    for chunk in [c for c in {**theirs, **mine} if c not in (*UNCOMPARED, *same(text), *measures(text))]:
         if mine.get(chunk) != theirs.get(chunk) and chunk not in allowed:
-            diff = difflib.unified_diff(
-                theirs.get(chunk, "").splitlines(), mine.get(chunk, "").splitlines(), f"{base}.py", f"{name}.py", "", "", 0, ""
-            )
-            complaints.append(
-                f"{name}.py: {chunk} differs from {base}.py and the docstring does not say so\n" + "\n".join(diff)
-            )
+            diff = difference(theirs.get(chunk, ""), mine.get(chunk, ""), f"{base}.py", f"{name}.py")
+            says = f"{chunk} differs from {base}.py and the docstring does not say so"
+            complaints.append(f"{name}.py: {says}\n{diff}")
     for chunk in allowed:
         if mine.get(chunk) == theirs.get(chunk):
-            complaints.append(f"{name}.py: the docstring says that {chunk} differs from {base}.py, but it does not")
+            says = f"the docstring says that {chunk} differs from {base}.py, but it does not"
+            complaints.append(f"{name}.py: {says}")
+    for chunk in [c for c in measures(text) if c not in mine]:
+        complaints.append(f"{name}.py: the docstring says that {chunk} measures, but there is none")
     shared = [c for c in mine if c in theirs]
     if shared != [c for c in theirs if c in mine]:
         complaints.append(f"{name}.py: its parts stand in another order than in {base}.py")
     return complaints
 
 
-def changed_lines(text, base_text):
-    """Added plus removed lines against the base, without docstring, own fields and blank lines."""
-    sides = []
-    for side in (base_text, text):
-        kept = (t for c, t in chunks(side).items() if c not in ("docstring", "own fields"))
-        sides.append("".join(kept).splitlines())
-    rows = difflib.unified_diff(*sides, lineterm="", n=0)
-    return sum(1 for r in rows if r[:1] in "+-" and r[:3] not in ("+++", "---") and r[1:].strip())
+def copies(name, text, texts):
+    """-> (complaints about parts that should be a third script's, the text with those from there)."""
+    complaints, mine = [], chunks(text)
+    for part, other in same(text).items():
+        theirs = chunks(texts[other]) if other in texts else {}
+        if part not in mine or part not in theirs:
+            without = name if part not in mine else other
+            says = f"{part} should be the same as in {other}.py, but {without}.py has none"
+            complaints.append(f"{name}.py: {says}")
+            continue
+        (above, my_own), original = split(mine[part]), split(theirs[part])[1]
+        if my_own != original:
+            diff = difference(original, my_own, f"{other}.py", f"{name}.py")
+            complaints.append(f"{name}.py: {part} is not the same as in {other}.py\n{diff}")
+            mine[part] = above + original
+    return complaints, "".join(mine.values())
+
+
+def over_budget(name, lines, exceptions):
+    """Complaints about the size of a lesson; `lines` as changed_lines() gives them."""
+    limits, needed = tuple(exceptions.get(name, BUDGET)[:2]), tuple(map(max, zip(lines, BUDGET)))
+    says = f"{name}.py changes {lines[0]} lines, {lines[1]} of them in its loop"
+    if any(n > limit for n, limit in zip(lines, limits)):
+        return [f"{says}: more than {limits[0]}, or than {limits[1]} there"]
+    if name in exceptions and needed == BUDGET:
+        return [f"{says}: it needs no exception any more"]
+    return [] if needed == limits else [f"{says}: its exception should be {needed[0]} and {needed[1]}"]
+
+
+def unwritten(name, text):
+    """Complaints about what a docstring has to say, and about a missing test."""
+    said = note(text)
+    root = re.search(r"^(Base|Stand-alone): +\S", said, re.M)
+    wanted = {
+        "a line 'Family: ...'": family(text),
+        "a line 'Differs from <base>.py in:', 'Base:' or 'Stand-alone:'": differs(text)[0] or root,
+        "a line 'Costs: ...'": re.search(r"^Costs: +\S", said, re.M),
+        "a line 'Run: ...'": re.search(r"^Run: +\S", said, re.M),
+        f"an equation's or a section's number, or the words '{UNSAID}'": PLACE.search(" ".join(said.split())),
+        "an 'Idea: ...' that begins with a sentence": pages.idea(said),
+    }
+    complaints = [f"{name}.py: its docstring needs {what}" for what, there in wanted.items() if not there]
+    if not (ROOT / "tests" / f"test_{name}.py").exists():
+        complaints.append(f"{name}.py has no tests/test_{name}.py")
+    return complaints
+
+
+def problems(name, texts):
+    """All complaints about a script; `texts`: {name: text} of all."""
+    text, base = texts[name], differs(texts[name])[0]
+    found = unwritten(name, text) + copies(name, text, texts)[0]
+    if base is None:
+        return found
+    if base not in texts:
+        return [*found, f"{name}.py: there is no base {base}.py"]
+    lines = changed_lines(text, texts[base])
+    return found + out_of_step(name, text, texts[base]) + over_budget(name, lines, EXCEPTIONS)
 
 
 def merge(name, text, base_text, old_base_text):
-    """The script's text with every unnamed part taken from the base, and the base's changes since `old_base_text` merged
-    into the named parts. -> (text, conflicts)."""
+    """The script's text with every unnamed part taken from the base, and the base's changes since
+    `old_base_text` merged into the named parts. -> (text, conflicts)."""
     _, allowed = differs(text)
     mine, theirs, old = chunks(text), chunks(base_text), chunks(old_base_text)
-    conflicts, out = [], []
+    conflicts, out, kept = [], [], (*UNCOMPARED, *same(text), *measures(text))
     order = [c for c in mine]
     for i, chunk in enumerate(theirs):  # a part that is new in the base goes after its neighbour there
-        if chunk not in mine and chunk not in allowed and chunk != "own fields":
+        if chunk not in mine and chunk not in allowed and chunk not in kept:
             before = [c for c in list(theirs)[:i] if c in order]
             order.insert(order.index(before[-1]) + 1 if before else 0, chunk)
     for chunk in order:
-        if chunk in ("docstring", "own fields") or (chunk in allowed and chunk not in theirs):
+        if chunk in kept or (chunk in allowed and chunk not in theirs):
             out.append(mine[chunk])
         elif chunk not in allowed:
             out.append(theirs.get(chunk, ""))
@@ -117,13 +160,12 @@ def merge(name, text, base_text, old_base_text):
         else:
             merged, clean = _three_way(mine[chunk], old[chunk], theirs[chunk])
             out.append(merged if clean else mine[chunk])
-            conflicts += [] if clean else [f"{name}.py: {chunk} needs a hand: the base changed the same lines"]
+            says = f"{name}.py: {chunk} needs a hand: the base changed the same lines"
+            conflicts += [] if clean else [says]
     return "".join(out), conflicts
 
 
 def _three_way(mine, old, theirs):
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / n for n in ("mine", "old", "theirs")]
         for path, text in zip(paths, (mine, old, theirs)):
@@ -132,53 +174,62 @@ def _three_way(mine, old, theirs):
     return done.stdout, done.returncode == 0
 
 
-def table():
-    """README's table of methods."""
-
-    def family(name):
-        base = differs((ALGOS / f"{name}.py").read_text())[0]
-        return family(base) if base else name
-
-    rows = ["| script | paper | differs from | in | changed lines |", "|---|---|---|---|---|"]
-    for name in sorted(scripts(), key=lambda n: (family(n) != "grpo", family(n), n != family(n), n)):
-        text = (ALGOS / f"{name}.py").read_text()
-        title = ast.get_docstring(ast.parse(text)).splitlines()[0].rstrip(".")
-        title = re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", title)
-        base, names = differs(text)
-        lines = changed_lines(text, (ALGOS / f"{base}.py").read_text()) if base else ""
-        changed = ", ".join(f"`{n}`" for n in names)
-        rows.append(f"| [`{name}`](algos/{name}.py) | {title} | {f'`{base}`' if base else 'a base'} | {changed} | {lines} |")
-    return "\n".join(rows)
+def lesson(name, texts):
+    """The lines that a script changes of its base, part by part."""
+    base = differs(texts[name])[0]
+    if base is None:
+        return f"{name}.py is a base"
+    total, loop = changed_lines(texts[name], texts[base])
+    out = [f"{name}.py against {base}.py: {total} changed lines, {loop} of them in its loop"]
+    for part, rows in changes(texts[name], texts[base]).items():
+        out += ["", part, *(f"  {r}".rstrip() for r in rows)]
+    for part, other in same(texts[name]).items():
+        out += ["", f"{part}: same as in {other}.py"]
+    return "\n".join(out)
 
 
-def readme(text):
-    """README's text with its table of methods made anew."""
-    return re.sub(r"(<!-- methods -->\n).*?(<!-- end -->)", lambda m: m[1] + table() + "\n" + m[2], text, flags=re.S)
+def written(texts):
+    """{path: text} of the pages about the scripts."""
+    lessons = {}
+    for name, text in texts.items():
+        base, parts = differs(text)
+        lines = changed_lines(text, texts[base])[0] if base else 0
+        lessons[name] = pages.Lesson(name, text, family(text) or "none", base, parts, same(text), lines)
+    records, readme = pages.records(ROOT / "runs" / "reference"), ROOT / "README.md"
+    out = {readme: pages.readme(readme.read_text(), lessons)} if readme.exists() else {}
+    return out | {ALGOS / "README.md": pages.index(lessons, records)}
+
+
+def stale(texts):
+    """Complaints about pages that are not what the scripts and the results say."""
+    pages_now = written(texts).items()
+    behind = [path for path, text in pages_now if not path.exists() or path.read_text() != text]
+    return [f"{path.relative_to(ROOT)} is not what python -m tests.sync makes" for path in behind]
 
 
 def main(check, since="HEAD"):
-    problems = []
-    for name in scripts():
-        path = ALGOS / f"{name}.py"
-        text = path.read_text()
-        base, _ = differs(text)
-        if base is None:
-            continue
-        base_path = ALGOS / f"{base}.py"
+    texts, complaints = {n: (ALGOS / f"{n}.py").read_text() for n in scripts()}, []
+    if since in texts:
+        print(lesson(since, texts))
+        return 0
+    for name, text in texts.items():
+        base = differs(text)[0]
+        if base in texts and not check:
+            command = ["git", "show", f"{since}:algos/{base}.py"]
+            old = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout
+            text, conflicts = merge(name, text, texts[base], old or texts[base])
+            complaints += conflicts
         if not check:
-            old = subprocess.run(["git", "show", f"{since}:algos/{base}.py"], capture_output=True, text=True, cwd=ROOT).stdout
-            text, conflicts = merge(name, text, base_path.read_text(), old or base_path.read_text())
+            texts[name] = copies(name, text, texts)[1]
+            (ALGOS / f"{name}.py").write_text(texts[name])
+        complaints += problems(name, texts)
+    complaints += [f"EXCEPTIONS of tests/sync.py: there is no {n}.py" for n in EXCEPTIONS if n not in texts]
+    if not check:
+        for path, text in written(texts).items():
             path.write_text(text)
-            problems += conflicts
-        problems += out_of_step(name, text, base_path.read_text())
-    page = ROOT / "README.md"
-    if page.exists() and readme(page.read_text()) != page.read_text():
-        if check:
-            problems.append("README.md: its table of methods is not what python -m tests.sync makes")
-        else:
-            page.write_text(readme(page.read_text()))
-    print("\n".join(problems) or "all scripts are in step")
-    return 1 if problems else 0
+    complaints += stale(texts)
+    print("\n".join(complaints) or "all scripts are in step")
+    return 1 if complaints else 0
 
 
 if __name__ == "__main__":

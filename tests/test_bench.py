@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.bench import __main__ as bench
-from tests.bench import head, worker
+from tests.bench import head, plan, scale, worker
 
 
 def side(rollout, update, step, peak):
@@ -68,3 +68,22 @@ def test_every_length_is_written_once(drops):
 def test_both_ways_of_the_head_compute_the_same():
     found = [head.measure(head.Options(tokens=50, vocabulary=300, width=16, way=way)) for way in ("plain", "chunked")]
     assert found[0]["check"] == pytest.approx(found[1]["check"], rel=1e-5) and found[0]["check"][1] > 0
+
+
+def test_one_process_of_the_scaling_benchmark(tmp_path):
+    """With the prompts as they are: the model's tokenizer has not all characters of the default template."""
+    prompts, _ = worker.make_model(worker.Work(prompts=3), str(tmp_path))
+    rows = [json.dumps(dict(prompt=p, answer="0")) + "\n" for p in prompts]
+    (tmp_path / "train.jsonl").write_text("".join(rows[:-2]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[-2:]))
+    done = scale.run(str(tmp_path), str(tmp_path / "train.jsonl"), 1, scale.Options(prompts=2))
+    assert [r["step"] for r in done] == [2, 3] and all(r["tokens"] > 16 and r["time/step"] > 0 for r in done)
+
+
+def test_the_plan_of_large_models(capsys):
+    plan.main()
+    table = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[0] for row in table[3:]] == ["| 7B", "| 32B", "| 72B"]
+    found, seconds, room = plan.step(7.6e9, 3584, 28, 28, 4, 152064, 8, 1)
+    assert found["weights"] == 2 * 7.6e9 / 8 and found["needed"] < 0.92 * plan.MEMORY and room > 0
+    assert all(s > 0 for s in seconds.values())

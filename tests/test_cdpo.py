@@ -10,6 +10,9 @@ from algos import cdpo, dpo
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
 
+PLAIN = dict(columns=dict(score=(1.0, 0.0)))  # DPO
+FEW = ["--ce-steps", 2]
+
 CDPO = ROOT / "algos" / "cdpo.py"
 SMALL = "--steps 4 --pairs-per-step 8 --eval-prompts 16".split()
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -181,14 +184,16 @@ def test_scores_are_constants(only_neg):
 
 @pytest.fixture(scope="module")
 def tiny():
-    from common import models
+    from common import tasks
+    from common.worlds import tiny
 
-    return [models.warm_start(name) for name in ("chain", "record")]
+    return [tiny.warm_start(tasks.load(name)) for name in ("chain", "record")]
 
 
 def on_a_file(folder, tiny, *argv):
     """A run of one step on 30 pairs, without any gold, that end or (every third) are cut -> score.safetensors, responses."""
-    from common import models, preferences
+    from common import pairs
+    from common.worlds.tiny import characters, config
 
     rows = [dict(prompt=f"{i:08d}=", chosen="01234567"[: 4 + i % 3], rejected="7654321") for i in range(30)]
     path = folder / "pairs.jsonl"
@@ -201,8 +206,8 @@ def on_a_file(folder, tiny, *argv):
     assert done.code == 0, done.err
     assert not (name / "detection.json").exists()
     args = cdpo.Args(data=str(path), max_new_tokens=6)
-    data = preferences.load(args, models.tiny_config(), models.tiny_tokenizer())
-    found, reference = (preferences.Cache(name / f"{n}.safetensors") for n in ("score", "reference"))
+    data = pairs.load(args, config(), characters())
+    found, reference = (pairs._Cache(name / f"{n}.safetensors") for n in ("score", "reference"))
     sides = [(p.prompt, y) for p in data.train + data.test for y in (p.chosen, p.rejected)]
     return [found[i] for i in range(60)], [reference[i] for i in range(60)], sides
 
@@ -246,15 +251,15 @@ def test_the_training_of_the_two_models(tmp_path, tiny):
 
 def few_pairs():
     """Cuts the built-in data: most of a run so short would be the scores of all the other pairs."""
-    from common import games
+    from common import pairs
 
-    pairs = games.pairs
+    built_in = pairs._built_in
 
-    def few(name):
-        train, test, game = pairs(name)
-        return train[:256], test[:64], game
+    def few(world):
+        train, test = built_in(world)
+        return train[:256], test[:64]
 
-    games.pairs = few
+    pairs._built_in = few
 
 
 def test_a_run_knows_its_wrong_tokens(tmp_path, tiny):
@@ -276,9 +281,9 @@ def test_a_run_knows_its_wrong_tokens(tmp_path, tiny):
     "argv, complaint",
     [
         (["--positive", "x"], "--positive and --negative go together"),
-        (["--kappa", "-1"], "--kappa must be a number of at least 0, is -1.0"),
-        (["--ce-steps", "-1"], "--ce-steps must be"),
-        (["--ce-lr", "nan"], "--ce-lr must be"),
+        (["--kappa", "-1"], "--kappa must be at least 0, is -1.0"),
+        (["--ce-steps", "-1"], "--ce-steps must be at least 0, is -1"),
+        (["--ce-lr", "nan"], "--ce-lr must be at least 0, is nan"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, argv, complaint):

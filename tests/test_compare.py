@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 
-from common import UserError, compare
+from common import UserError
+from runs import compare, launch
 
 
 def test_what_an_item_names():
@@ -15,10 +16,17 @@ def test_what_an_item_names():
         "dpo", "chain", "dpo,beta=0.1,loss=ipo", ["--beta", "0.1", "--loss", "ipo"]
     )  # fmt: skip
     assert compare.parts("did,no-projected")[3] == ["--no-projected"]
-    assert compare.from_pairs("tdpo@chain,alpha=1") and not compare.from_pairs("rto")
+    assert compare.kind("tdpo@chain,alpha=1") == "pairs" and compare.kind("rto") == "online"
 
 
-@pytest.mark.parametrize("scripts, complaint", [("dpo grpo", "compare them apart"), ("nothing", "no script algos/nothing")])
+MISTAKES = [
+    ("dpo grpo", "learn from pairs and others .*compare them apart"),
+    ("nothing", "no script algos/nothing.py; there are: .*, grpo, "),
+    ("", "needs a script"),
+]
+
+
+@pytest.mark.parametrize("scripts, complaint", MISTAKES)
 def test_mistakes(scripts, complaint):
     with pytest.raises(UserError, match=complaint):
         compare.main(compare.Options(tuple(scripts.split())), [])
@@ -26,17 +34,17 @@ def test_mistakes(scripts, complaint):
 
 def fake(folder, last, metrics, evals):
     folder.mkdir(parents=True)
-    (folder / "done").write_text(f"{last}\n{compare.code(folder.name.partition('-')[0])}\n")
+    (folder / "done").write_text(f"{last}\n{launch.code(folder.name.partition('-')[0])}\n")
     (folder / "config.json").write_text(json.dumps(dict(versions=dict(torch="2"), args=dict(data="chain"))))
     for name, rows in (("metrics", metrics), ("evals", evals)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def test_a_finished_run_is_made_again_where_the_code_has_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    script, other = tmp_path / "algos" / "toy.py", tmp_path / "common" / "games.py"
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    script, other = tmp_path / "algos" / "toy.py", tmp_path / "common" / "worlds" / "game.py"
     for path in (script, other):
-        path.parent.mkdir()
+        path.parent.mkdir(parents=True)
     other.write_text("")
     toy = "import pathlib, sys\nfolder = pathlib.Path(sys.argv[-1])\nfolder.mkdir(parents=True, exist_ok=True)\n"
     toy += "with open('log', 'a') as log: print(1, file=log)\nprint('greedy accuracy 0.1 -> {} on 8')\n"
@@ -54,7 +62,7 @@ def test_a_finished_run_is_made_again_where_the_code_has_changed(tmp_path, monke
 
 def test_pairs(tmp_path, monkeypatch, capsys):
     """Two seeds that are there and finished: nothing is run, and table, picture and file say what the rows say."""
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
     (tmp_path / "algos").mkdir()
     (tmp_path / "algos" / "dpo.py").write_text("class Args:\n    pairs_per_step: int\n")
     for seed in (1, 2):
@@ -74,7 +82,7 @@ def test_pairs(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("measure", ["accuracy", "score"])  # "score" is what a run on a task with a gold reward says
 def test_online(tmp_path, monkeypatch, capsys, measure):
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
     (tmp_path / "algos").mkdir()
     (tmp_path / "algos" / "rto.py").write_text("\ndef surrogate(logp):\n    pass\n")
     rows = [dict(step=s, accuracy=s / 20, length=9, entropy=1.0, approx_kl=None if s == 3 else 0.1) for s in range(1, 21)]

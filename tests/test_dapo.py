@@ -1,9 +1,12 @@
 """DAPO's worked example, its length penalty and its filter of groups."""
 
+import json
+
 import pytest
 import torch
 
 from algos import dapo, grpo
+from common import rewards
 from tests.card import example, loss_and_gradient
 
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -65,3 +68,21 @@ def test_only_mixed_groups_are_informative():
     accuracy = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0]])
     assert dapo.informative(accuracy, dapo.Args()).tolist() == [False, True, False, True]
     assert dapo.informative(accuracy, dapo.Args(max_gen_batches=0)).all()
+
+
+def test_checks_that_were_killed_are_counted(tmp_path, monkeypatch):
+    """Of every round of sampling, whichever groups are kept: three in each."""
+    scorer = rewards.Scorer
+
+    class Killing(scorer):
+        def __call__(self, texts, answers):
+            self.timeouts += 3 * (len(texts) > 16)  # not in the evaluations
+            return super().__call__(texts, answers)
+
+    monkeypatch.setattr(rewards, "Scorer", Killing)
+    small = dict(steps=2, prompts_per_step=8, group_size=4, eval_prompts=8, minibatches=2, checkpoint_every=0)
+    dapo.train(dapo.Args(**small, run_dir=str(tmp_path / "run")))
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    for row in rows:
+        rounds = row["generated"] / 32
+        assert row["groups"] == 8 and row["reward_timeouts"] == 3 * rounds

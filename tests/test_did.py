@@ -3,14 +3,18 @@
 import itertools
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 
 from algos import did, dpo
 from tests import sync, test_gpu
-from tests.helpers import ROOT, lines, run, user_error
+from tests.helpers import ROOT, lines, logged, run, start, user_error
 from tests.test_dpo import example
+
+FEW = ["--recovery-steps", 20]
 
 DID = ROOT / "algos" / "did.py"
 FEW = "--steps 3 --pairs-per-step 8 --eval-prompts 8 --ref live --did-prompts 1 --checkpoint-every 0".split()
@@ -44,15 +48,18 @@ def test_worked_example():
     near(did.differential_information(REF, rejected).exp(), [0.140785, 0.287375, 0.257036, 0.314804])
     torch.testing.assert_close(did.differential_information(REF, rejected), (BETA * q).log_softmax(-1))  # the power law
     near((REF + (REF - rejected) / BETA).softmax(-1), [0.2, 0.5, 0.2, 0.1])
-    found = did.measures(STAR, REF)
+    found = did.spread(STAR, REF)
     near(found["ref_log_ratio"], -0.227088)
-    near(found["entropy"], 1.220607), near(found["entropy_q"], 1.268856), near(did.entropy(REF), 1.142120)
+    near(found["entropy"], 1.220607)
+    near(found["entropy_q"], 1.268856)
+    near(did.entropy(REF), 1.142120)
 
 
 def test_how_pairs_are_made_is_how_they_are_preferred():
     q, rejected = did.differential_information(STAR, REF), did.rejected_sampler(REF, STAR, BETA)
     made = REF.exp()[1] * rejected.exp()[0] / (REF.exp()[1] * rejected.exp()[0] + REF.exp()[0] * rejected.exp()[1])
-    near(made, 0.671187), near(torch.sigmoid(BETA * (q[1] - q[0])), 0.671187)
+    near(made, 0.671187)
+    near(torch.sigmoid(BETA * (q[1] - q[0])), 0.671187)
     for i, j in itertools.combinations(range(4), 2):  # margins lie on a line
         rejected_margin, ref_margin, star_margin = (p[i] - p[j] for p in (rejected, REF, STAR))
         torch.testing.assert_close(ref_margin - rejected_margin, BETA * (star_margin - ref_margin))
@@ -96,7 +103,7 @@ def test_equal_losses_and_different_policies(recovered):
     for name in ("DPO", "DPO, 2 beta", "SimPO, no margin"):
         assert recovered[name]["loss"] == pytest.approx(0.60507, abs=2e-5)
     assert recovered["DPO"]["ref_log_ratio"] == pytest.approx(-1.016, abs=1e-3)  # -KL(pi_ref || pi*)
-    for name, value in did.measures(target, ref_logp).items():
+    for name, value in did.spread(target, ref_logp).items():
         assert recovered["DPO"][name] == pytest.approx(value.item(), abs=1e-3), name
 
 
@@ -156,7 +163,8 @@ def test_projection():
     g = [torch.tensor([-3.0, 2.0]), torch.tensor([[1.0]])]
     cosine = did.project(g, h)
     assert cosine == pytest.approx(-5 / (5 * 14**0.5))
-    near(g[0], [-3 + 3 / 5, 2.0]), near(g[1], [[1 + 4 / 5]])
+    near(g[0], [-3 + 3 / 5, 2.0])
+    near(g[1], [[1 + 4 / 5]])
     assert sum((x * y).sum() for x, y in zip(g, h)).item() == pytest.approx(0, abs=1e-6)
     kept = [x.clone() for x in g]
     assert did.project(g, [-x for x in h]) == pytest.approx(0, abs=1e-6)
@@ -188,11 +196,12 @@ def test_projection_of_a_real_conflict():
 
 def by_hand(folder, prompt):
     """Log-probs of the 4,096 responses to a prompt under the run's final weights and under the start, one token at a time."""
-    from common import games, models
+    from common import models, settings
 
-    args, _ = models.resolve(did.Args(data="letters4", dtype="float64", optimizer="adamw"))
+    args, _ = settings.resolve(did.Args(data="letters4", dtype="float64", optimizer="adamw"))
     tokenizer, out = models.load_tokenizer(args), []
-    every = torch.tensor([tokenizer("".join(c))["input_ids"] for c in itertools.product(games.LETTERS[:8], repeat=4)])
+    texts = ["".join(letters) for letters in itertools.product("abcdefgh", repeat=4)]
+    every = torch.tensor(tokenizer(texts)["input_ids"])
     every = torch.cat([every, torch.full((len(every), 1), tokenizer.eos_token_id)], 1)
     for name in (str(next((folder / "checkpoints").glob("step-000003"))), "tiny"):
         args.model = name
@@ -254,6 +263,21 @@ def test_other_data_is_sampled(tmp_path):
     assert not found["exact"] and set(found) == {"exact", "prompts", "entropy", "entropy_q"} and len(found["entropy_q"]) == 1
 
 
+def test_a_stopped_run_measures_when_it_is_resumed(tmp_path):
+    """Part A comes first, and once; part B only where the training has come to its end."""
+    folder = tmp_path / "run"
+    argv = [*FEW, "--steps", 6, "--recovery-steps", 20, "--run-dir", folder]
+    child = start(tmp_path, *argv, script=DID)
+    assert child.until(lambda: logged(folder) == 2), child.wait()
+    os.kill(child.pid, signal.SIGTERM)
+    done = child.wait()
+    assert done.code == 0 and done.out.splitlines()[-1].startswith("stopped after step")
+    assert (folder / "recovery.json").exists() and not (folder / "did.json").exists()
+    done = run(tmp_path, "--resume", folder, script=DID)
+    assert done.code == 0, done.err
+    assert (folder / "did.json").exists() and "which loss finds the target?" not in done.out
+
+
 @pytest.mark.parametrize("flag", ["--recovery-steps", "--did-prompts", "--did-samples"])
 def test_mistakes_end_in_one_line(tmp_path, flag):
-    assert "must be at least 0" in user_error(run(tmp_path, flag, -1, script=DID))
+    assert f"{flag} must be at least 0, is -1" in user_error(run(tmp_path, flag, -1, script=DID))

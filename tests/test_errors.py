@@ -28,6 +28,7 @@ def place(tmp_path_factory, tiny):
     write("not_json.jsonl", [*rows[:4], "{'prompt': 'p', 'answer': 'a'}", *rows])
     write("no_answer.jsonl", [rows[0], "", '{"prompt": "p", "reply": "a"}'])
     write("no_object.jsonl", [rows[0], '["p", "a"]'])
+    write("strange.jsonl", [*rows, json.dumps(dict(prompt="café?", answer="1"))])
     write("empty.jsonl", [])
     write("three.jsonl", rows[:3])
     write("long.jsonl", [*rows, json.dumps(dict(prompt="7" * 1020, answer="1"))])
@@ -94,11 +95,30 @@ CASES = {
     "empty": ([*LOCAL, "--task", "{place}/empty.jsonl"], "empty.jsonl", "at least 5 rows"),
     "three rows": ([*LOCAL, "--task", "{place}/three.jsonl"], "three.jsonl", "at least 5 rows"),
     "no such file": ([*LOCAL, "--task", "{place}/none.jsonl"], "none.jsonl", "No such file"),
-    "a folder": ([*LOCAL, "--task", "{place}/empty"], "cannot read the task file", "directory"),
+    "a folder": ([*LOCAL, "--task", "{place}/empty"], "cannot read the file {place}/empty", "directory"),
     "not UTF-8": ([*LOCAL, "--task", "{place}/latin.jsonl"], "latin.jsonl", "utf-8"),
-    "no demonstrations": (["--task", "{place}/good.jsonl"], "the tiny model needs a task with demonstrations", "good.jsonl"),
+    "no demonstrations": (
+        ["--task", "{place}/good.jsonl"],
+        "tiny model is warm-started",
+        "for {place}/good.jsonl give --model",
+    ),
     "prompt too long": ([*LOCAL, "--task", "{place}/long.jsonl", "--prompt-template", "{{prompt}}"], "1020 tokens", "has 1024"),
     "completion too long": ("--max-new-tokens 1020", "--max-new-tokens 1020 needs 1026 positions; the model has 1024"),
+    # characters that the model has no token for
+    "a character": (
+        [*LOCAL, "--task", "{place}/strange.jsonl", "--prompt-template", "{{prompt}}"],
+        "strange.jsonl: the tokenizer does not know the character 'é' of 'café?'",
+    ),
+    "a character of the task's own template": (
+        [*LOCAL, "--task", "{place}/good.jsonl"],
+        "good.jsonl: the tokenizer does not know the character '\\\\' of",
+        "Please reason step by step",
+    ),
+    "a character of the template given": (
+        ["--prompt-template", "<{{prompt}}>"],
+        "addition:2: ",
+        "not know the character '<' of '<",
+    ),
     # templates
     "template without the field": (["--prompt-template", "Add!"], "--prompt-template needs the field {{prompt}}"),
     "template with another field": (["--prompt-template", "{{prompt}} {{x}}"], "--prompt-template needs the field {{prompt}}"),
@@ -137,10 +157,17 @@ def test_user_error(name, place, tiny, tmp_path):
     empty = dict(HF_HOME=str(tmp_path / "hub"), HF_DATASETS_CACHE=str(tmp_path / "hub"))
     said = user_error(run(tmp_path, *argv, env=empty, seconds=40))
     for part in parts:
-        assert part.replace("{{", "{").replace("}}", "}") in said, said
+        assert part.replace("{place}", str(place)).replace("{{", "{").replace("}}", "}") in said, said
     assert len(said) < 500
     # a mistake that can be seen before the model is loaded leaves no run folder behind
     assert "cannot load" in said or not (tmp_path / "run").exists()
+
+
+def test_the_tasks_that_a_tiny_model_can_have_are_those_with_demonstrations(place, tmp_path):
+    said = user_error(run(tmp_path, "--task", place / "good.jsonl", "--run-dir", tmp_path / "run"))
+    listed = said.partition("(")[2].partition(")")[0].split(", ")
+    assert {"addition", "countdown", "letters", "letters4", "chain", "record"} <= set(listed)
+    assert not {"gsm8k", "math", "reasoning_gym"} & set(listed)  # these have none
 
 
 def test_cache_that_cannot_be_written(place, tmp_path):
@@ -187,10 +214,10 @@ def test_flags_that_do_not_parse(argv, parts, tmp_path):
 def test_choices_are_checked_without_the_command_line(field, value, model, tiny):
     """Where Args is made in Python, no parser stands before it."""
     from algos import grpo
-    from common import UserError, models
+    from common import UserError, settings
 
     with pytest.raises(UserError, match=rf"--{field} must be .*{value}"):
-        models.resolve(grpo.Args(model="tiny" if model == "tiny" else tiny, **{field: value}))
+        settings.resolve(grpo.Args(model="tiny" if model == "tiny" else tiny, **{field: value}))
 
 
 def python(*argv, **env):

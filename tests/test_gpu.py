@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config
 
-from common import UserError, gpu, models
+from algos import grpo
+from common import UserError, gpu, memory, models, settings, tasks
+from common.worlds import tiny
+from tests.helpers import ROOT, run
 
-GIB = 2**30
+GIB = memory.GIB
 SMALL = (
     "--steps 3 --prompts-per-step 8 --group-size 4 --eval-prompts 16 --checkpoint-every 1 "
     "--micro-batch-tokens 256 --dtype float64"
@@ -50,7 +54,7 @@ def test_two_ranks_are_one_process(tmp_path):
     assert out.count("run folder") == 1 and out.splitlines()[-1] == last  # rank 0 alone speaks
     for step in (2, 3):
         a, b = weights(one, step), weights(two, step)
-        start = load_file(models.warm_start("addition") + "/model.safetensors")
+        start = load_file(tiny.warm_start(tasks.load("addition")) + "/model.safetensors")
         for name in a:
             torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-9, msg=f"{name} at step {step}")
         assert max((a[n] - start[n]).abs().max() for n in a) > 1e-4  # it did move
@@ -67,11 +71,12 @@ def test_two_ranks_are_one_process(tmp_path):
 WARM = """
 import sys
 import torch.distributed as dist
-from common import models
-models.WARM_START |= dict(steps=4, careful_steps=2)
+from common import tasks
+from common.worlds import tiny
+tiny.RECIPE |= dict(steps=4, careful_steps=2)
 dist.init_process_group("gloo")
 if dist.get_rank() == 1:  # whoever gets the lock first makes the model, and that may be any rank
-    print(models.warm_start("addition", sys.argv[1]))
+    print(tiny.warm_start(tasks.load("addition"), cache=sys.argv[1]))
 dist.destroy_process_group()
 """
 
@@ -82,7 +87,7 @@ def test_any_rank_can_make_the_warm_start(tmp_path):
     (folder,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
     assert out.split() == [str(folder)]
     saved = load_file(folder / "model.safetensors")
-    assert sum(v.numel() for v in saved.values()) == models.count_parameters(models.tiny_config())
+    assert sum(v.numel() for v in saved.values()) == count_parameters(tiny.config())
 
 
 def test_prompts_that_cannot_be_shared_evenly(monkeypatch):
@@ -97,44 +102,58 @@ QWEN_7B = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=189
                       num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768)  # fmt: skip
 
 
-def settings(**changes):
+def needs(**changes):
     values = dict(dtype="bfloat16", optimizer="adamw_8bit", lora_rank=0, beta=0.0, micro_batch_tokens=16384, engine="hf",
                   gradient_checkpointing=True, prompts_per_step=8, group_size=8, vllm_memory=0.45)  # fmt: skip
     return SimpleNamespace(**values | changes)
 
 
+def count_parameters(config):
+    """What the plan is told: counted on a model without storage."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        return models.architecture(SimpleNamespace(model=folder))[1]
+
+
 def test_counting_parameters():
-    assert models.count_parameters(QWEN_7B) == 7_615_616_512
+    assert count_parameters(QWEN_7B) == 7_615_616_512
     V, H, I = 78, 96, 256  # embeddings; per layer q, k, v with biases, o, the MLP, two norms; the last norm
-    assert models.count_parameters(models.tiny_config()) == V * H + 2 * (4 * H * H + 3 * H + 3 * H * I + 2 * H) + H
+    n = V * H + 2 * (4 * H * H + 3 * H + 3 * H * I + 2 * H) + H
+    assert count_parameters(tiny.config()) == models.architecture(SimpleNamespace(model="tiny"))[1] == n
 
 
 def test_plan_is_the_arithmetic():
-    n = models.count_parameters(QWEN_7B)
-    plan = gpu.memory_plan(QWEN_7B, settings(), n, context=1000, capacity=80 * GIB, ranks=1)
+    n = count_parameters(QWEN_7B)
+    plan = memory.memory_plan(QWEN_7B, needs(), n, context=1000, capacity=80 * GIB, ranks=1)
     assert plan["weights"] == plan["gradients"] == 2 * n
     assert plan["optimizer"] == pytest.approx(2 * n, rel=0.02)
     assert plan["KV cache"] == 2 * 28 * 4 * 128 * 2 * 1000 * 64
-    float32 = gpu.memory_plan(QWEN_7B, settings(dtype="float32", optimizer="adamw"), n, 1000, 80 * GIB, 1)
+    float32 = memory.memory_plan(QWEN_7B, needs(dtype="float32", optimizer="adamw"), n, 1000, capacity=80 * GIB, ranks=1)
     assert float32["weights"] + float32["gradients"] + float32["optimizer"] == 16 * n
-    eight = gpu.memory_plan(QWEN_7B, settings(optimizer="adamw_sr"), n, 1000, 80 * GIB, 8)
+    eight = memory.memory_plan(QWEN_7B, needs(optimizer="adamw_sr"), n, 1000, capacity=80 * GIB, ranks=8)
     assert eight["weights"] == 2 * n / 8 and eight["optimizer"] == 4 * n / 8
 
 
 def test_plan_says_what_makes_it_fit():
-    n = models.count_parameters(QWEN_7B)
-    fits = gpu.explain_plan(QWEN_7B, settings(), n, 1500, 80 * GIB, 1)
-    assert fits.splitlines()[1].endswith("of 80.0: fits")
-    text = gpu.explain_plan(QWEN_7B, settings(optimizer="adamw_sr", gradient_checkpointing=False), n, 1500, 64 * GIB, 1)
-    assert "does not fit" in text and "--gradient-checkpointing True --optimizer adamw_8bit" in text
-    assert text.splitlines()[-1].endswith(": fits")
-    small = gpu.explain_plan(QWEN_7B, settings(), n, 1500, 24 * GIB, 1)
-    assert "torchrun over" in small.splitlines()[-1]
+    n = count_parameters(QWEN_7B)
+
+    def explain(capacity, **changes):
+        return memory.explain_plan(QWEN_7B, needs(**changes), n, 1500, capacity=capacity * GIB, ranks=1).splitlines()
+
+    fits = explain(80)
+    assert len(fits) == 2 and fits[1].endswith("of 80.0: fits")
+    text = explain(64, optimizer="adamw_sr", gradient_checkpointing=False)
+    assert text[1].endswith("of 64.0: does not fit") and len(text) == 5
+    assert [line.split(":")[0].strip() for line in text[2:]] == ["activations", "optimizer", "weights"]  # the largest first
+    said = " ".join(text[2:])
+    assert "--gradient-checkpointing True" in said and "--optimizer adamw_8bit" in said
+    assert explain(64, optimizer="adamw_8bit", gradient_checkpointing=True)[1].endswith(": fits")  # the advice is true
+    assert any("torchrun over" in line for line in explain(24)[2:])
 
 
 def test_plan_against_what_a_model_really_takes():
     """Weights, gradients and AdamW states of a real model, counted tensor by tensor."""
-    config = models.tiny_config()
+    config = tiny.config()
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config)
@@ -143,10 +162,58 @@ def test_plan_against_what_a_model_really_takes():
     optimizer.step()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     states = size(s for state in optimizer.state.values() for k, s in state.items() if k != "step")
-    args = settings(dtype="float32", optimizer="adamw", gradient_checkpointing=False)
-    plan = gpu.memory_plan(config, args, models.count_parameters(config), 100, GIB, 1)
+    args = needs(dtype="float32", optimizer="adamw", gradient_checkpointing=False)
+    plan = memory.memory_plan(config, args, count_parameters(config), 100, capacity=GIB, ranks=1)
     assert plan["weights"] == size(model.parameters()) and plan["optimizer"] == states
     assert plan["gradients"] == size(p.grad for p in model.parameters())
+
+
+def test_plan_counts_every_model():
+    """What is held with gradients, and what is held without: a critic, a frozen reference, a model that only scores."""
+    n = count_parameters(QWEN_7B)
+
+    def plan(ranks=1, **models):
+        return memory.memory_plan(QWEN_7B, needs(), n, 1000, capacity=80 * GIB, ranks=ranks, **models)
+
+    one = plan()
+    assert one == plan(trained=1, frozen=0)
+    reference = plan(frozen=1)
+    assert reference["weights"] == 2 * one["weights"] == 4 * n and reference["needed"] == one["needed"] + 2 * n
+    assert all(reference[k] == one[k] for k in one.keys() - {"weights", "needed"})
+    critic = plan(trained=2, frozen=1)
+    assert critic["weights"] == 6 * n and critic["gradients"] == 2 * one["gradients"]
+    assert critic["optimizer"] == 2 * one["optimizer"] and critic["activations"] == one["activations"]  # one after the other
+    score = plan(trained=0, frozen=1)
+    assert score["weights"] == 2 * n and not {"gradients", "optimizer", "activations"} & score.keys()
+    assert score["needed"] == 2 * n + score["KV cache"] + score["sampler's copy"]
+    assert plan(ranks=4, frozen=3)["weights"] == one["weights"]  # frozen ones are shared out like the policy
+    assert f"weights {critic['weights'] / GIB:.2f}," in memory.explain_plan(
+        QWEN_7B, needs(), n, 1000, capacity=80 * GIB, ranks=1, trained=2, frozen=1
+    )
+
+
+def tell_plan():
+    """In a child: instead of the plan, what it is told."""
+    memory.explain_plan = lambda *args, **models: f"plan of {sorted(models.items())}"
+
+
+@pytest.mark.parametrize(
+    "script, argv, trained, frozen",
+    [
+        ("grpo", [], 1, 0),
+        ("grpo", ["--beta", "0.1"], 1, 1),
+        ("ppo", [], 2, 0),
+        ("dpo", ["--data", "letters"], 1, 0),
+        ("dpo", ["--data", "letters", "--ref", "live"], 1, 1),
+    ],
+)
+def test_scripts_say_what_they_hold(tmp_path, script, argv, trained, frozen):
+    world = "letters" if script == "dpo" else "addition"
+    argv = [*argv, "--model", tiny.warm_start(tasks.load(world)), *"--steps 0 --eval-prompts 4 --max-new-tokens 12".split()]
+    argv += ["--task", "addition"] * (script != "dpo") + "--dtype float32 --optimizer adamw --run-dir".split()
+    done = run(tmp_path, *argv, tmp_path / "run", script=ROOT / "algos" / f"{script}.py", before=tell_plan)
+    assert done.code == 0, done.err
+    assert f"plan of [('frozen', {frozen}), ('trained', {trained})]" in done.out.splitlines()
 
 
 # ---------------------------------------------------------------- optimizers
@@ -170,10 +237,8 @@ def test_stochastic_rounding_keeps_small_updates():
 
 
 def test_bfloat16_with_plain_adamw_is_refused(capsys):
-    from algos import grpo
-
     with pytest.raises(UserError, match="adamw_sr"):
-        models.resolve(grpo.Args(dtype="bfloat16"))
+        settings.resolve(grpo.Args(dtype="bfloat16"))
 
 
 def test_gradient_clipping_returns_the_norm_before():
@@ -183,3 +248,63 @@ def test_gradient_clipping_returns_the_norm_before():
     torch.testing.assert_close(policy.weight.grad, torch.tensor([[0.6, 0.0, 0.8]]), rtol=1e-5, atol=0)
     policy.weight.grad[0, 0] = float("nan")
     assert gpu.clip_gradients(policy, 1.0) != gpu.clip_gradients(policy, 1.0)  # NaN is passed on, for Run.finite to see
+
+
+def test_a_gradient_that_is_missing_is_noticed():
+    """Under FSDP2 a forward pass after backward() hides gradients: the norm would be too small, and the update wrong."""
+    policy = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    policy[0](torch.ones(1, 3)).sum().backward()
+    expected = torch.stack([p.grad.norm() for p in policy[0].parameters()]).norm().item()
+    with pytest.raises(RuntimeError, match="2 of 4 trained weights have no gradient"):
+        gpu.clip_gradients(policy, 1.0)
+    assert policy[0].bias.grad.eq(1).all()  # nothing was scaled
+    assert gpu.clip_gradients(policy, 1.0, partial=True) == pytest.approx(expected)
+    assert policy[0].weight.grad.norm() < 1
+    policy[1].requires_grad_(False)  # what is not trained needs none
+    assert gpu.clip_gradients(policy, 1e9) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_part_that_is_not_reached_is_noticed_in_a_policy(tiny_policy):
+    """The same where the loss leaves out the last layer and the final norm."""
+    ids = torch.arange(3, 11).view(1, 8)
+    *_, inner = tiny_policy(ids, torch.ones_like(ids).bool(), torch.ones(1, 4).bool(), layers=[1])
+    inner.sum().backward()
+    with pytest.raises(RuntimeError, match="trained weights have no gradient"):
+        gpu.clip_gradients(tiny_policy, 1.0)
+    assert gpu.clip_gradients(tiny_policy, 1.0, partial=True) > 0
+
+
+@pytest.fixture
+def tiny_policy():
+    from transformers import Qwen2ForCausalLM
+
+    from common.policy import Policy
+
+    return Policy(Qwen2ForCausalLM(tiny.config()))
+
+
+# ---------------------------------------------------------------- a module that is no language model
+
+PLAIN = """
+import sys
+from tests.test_runs import fitting
+folder, steps, resume = sys.argv[1:]
+fitting(folder, resume=resume == "resume", steps=int(steps), dropout=0.0)
+"""
+
+
+def test_two_ranks_train_any_module(tmp_path):
+    """Sharded in one piece; the same numbers as one process, and its checkpoint goes on in one."""
+    script, env = tmp_path / "fit.py", dict(PYTHONPATH=".")
+    script.write_text(PLAIN)
+    for name, ranks in (("one", 1), ("two", 2)):
+        launch(ranks, tmp_path / name, 4, "start", script=script, env=env)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-12)
+    for name in ("one", "two"):
+        launch(1, tmp_path / name, 8, "resume", script=script, env=env)
+    last = "checkpoints/step-000008/state.pt"
+    one, two = (torch.load(tmp_path / name / last, weights_only=False) for name in ("one", "two"))
+    assert one["own"].keys() == two["own"].keys() and one["own"]
+    for name, value in one["own"].items():
+        torch.testing.assert_close(two["own"][name], value, rtol=0, atol=1e-9)

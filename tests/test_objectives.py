@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import typing
 
 import pytest
 import torch
@@ -9,8 +10,6 @@ import torch
 from tests import sync
 
 SCRIPTS = [n for n in sync.scripts() if "def surrogate(" in (sync.ALGOS / f"{n}.py").read_text()]
-USES_OWN_BASELINE = {"ppo", "rto"}  # advantages come from a critic, or
-TOKEN_STATISTICS = {"reinforce"}  # are whitened over the tokens of the batch
 
 
 def load(name):
@@ -49,12 +48,29 @@ def loss_and_gradient(script, b, args=None):
 
 
 each = pytest.mark.parametrize("script", [load(n) for n in SCRIPTS], ids=SCRIPTS)
-# Every script as it is, and with the options that take another way through its surrogate.
-WAYS = [(name, {}) for name in SCRIPTS]
-WAYS += [("dhpo", dict(mix="entropy")), ("dhpo", dict(min="branch")), ("minpro", dict(hard_clip=True))]
+
+
+def own_fields(script):
+    """Names of the method's own fields of Args: they stand behind the shared ones."""
+    names = list(script.Args.__dataclass_fields__)
+    return names[names.index("micro_batch_tokens") + 1 :]
+
+
+def options(script):
+    """Every other value of a choice among the method's own fields, one at a time: another way through its surrogate."""
+    hints = typing.get_type_hints(script.Args)
+    for name in own_fields(script):
+        default, hint = script.Args.__dataclass_fields__[name].default, hints[name]
+        words = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else (True, False) if hint is bool else ()
+        yield from (dict([(name, word)]) for word in words if word != default)
+
+
+# Every script as it is, and with each of its options.
+WAYS = [(name, own) for name in SCRIPTS for own in ({}, *options(load(name)))]
 ways = [pytest.param(load(name), own, id="-".join([name, *map(str, own.values())])) for name, own in WAYS]
 each_way = pytest.mark.parametrize("script, own", ways)
-GROUPED = [n for n in SCRIPTS if n not in USES_OWN_BASELINE | TOKEN_STATISTICS]  # the others' advantages: in their own files
+# Advantages of rewards in groups; those that need values or the mask are tested in their own files.
+GROUPED = [n for n in SCRIPTS if not {"values", "mask"} & set(inspect.signature(load(n).advantages).parameters)]
 each_grouped = pytest.mark.parametrize("script", [load(n) for n in GROUPED], ids=GROUPED)
 
 
@@ -146,16 +162,24 @@ def test_the_objective_is_proportional_to_the_advantage(script, own):
         assert all(torch.equal(stats2[k][b["mask"]], stats[k][b["mask"]]) for k in stats)
 
 
+def is_a_product(script, step=0.01):
+    """Whether log-ratios add up over a completion: where each of five tokens gained a step, the objective gained five."""
+    one, row = torch.ones(1, 5), torch.full((1, 5), -1.0)
+    b = dict(logp=row + step, old_logp=row, adv=one, mask=one.bool(), entropy=one)
+    objective, _ = surrogate(script, b, arguments(script))
+    return objective[0, 4].log().item() == pytest.approx(5 * step, rel=1e-3)
+
+
 @each
 def test_on_policy_the_gradient_is_the_policy_gradient(script):
-    """At ratio 1 every method pushes each token by its weight times its advantage; those of one value per completion
-    push all its tokens alike, RLOO by the sum instead of the mean."""
+    """At ratio 1 every method pushes each token by its weight times its advantage; those whose ratio is the product over a
+    completion push its tokens by all their weights together."""
     b = batch()
     b["logp"] = b["old_logp"].clone()
     _, grad = loss_and_gradient(script, b)
     weights = script.token_weights(b["mask"], arguments(script))
-    if script.__name__.endswith(".rloo"):
-        weights = b["mask"] / (b["mask"].sum(1) > 0).sum()
+    if is_a_product(script):
+        weights = b["mask"] * weights.sum(1, keepdim=True)
     torch.testing.assert_close(grad, -weights * b["adv"] * b["mask"], rtol=1e-5, atol=1e-7)
     _, stats = surrogate(script, b, arguments(script))
     assert not any(stats[k][b["mask"]].any() for k in stats if k.startswith("clip_fraction"))
@@ -209,7 +233,5 @@ def test_advantages_do_not_mix_prompts(script):
 def test_the_loop_hands_over_everything_in_fields_of_args(script):
     """Every own field is read by the script's code."""
     source = inspect.getsource(script)
-    for field in script.Args.__dataclass_fields__:
-        if field in inspect.getsource(load("grpo").Args) and field != "eps":
-            continue
+    for field in own_fields(script):
         assert f"args.{field}" in source, f"--{field} is read nowhere"

@@ -12,10 +12,22 @@ from tests.helpers import ROOT, lines, outcome, run, same
 
 SCRIPTS = [n for n in sync.scripts() if "def pair_loss(" in (sync.ALGOS / f"{n}.py").read_text()]
 each = pytest.mark.parametrize("script", [importlib.import_module(f"algos.{n}") for n in SCRIPTS], ids=SCRIPTS)
-# Besides the contrast of the pair these teach the chosen response itself, or single tokens, so that a pair of one response
-# twice has a gradient; their own files say which.
-TEACH_ONE_SIDE = {"t_reg", "tab_po"}
-WEIGH_THE_REJECTED = {"cdpo"}  # differently from the chosen: twice the same response does not cancel
+# A script whose loss is more than the contrast of a pair says in its own tests with what it is that alone:
+# PLAIN = dict(args={field: value}, columns={name: (value at the chosen tokens, at the rejected)}). The limits of the papers.
+
+
+def own_tests(script):
+    return importlib.import_module("tests.test_" + script.__name__.removeprefix("algos."))
+
+
+def plain(script, v):
+    """-> (the values, the arguments) with which the script is the contrast of a pair, and nothing else."""
+    own = getattr(own_tests(script), "PLAIN", {})
+    changed = {
+        name: torch.cat([torch.full_like(x, c) for x, c in zip(v[name].chunk(2), both)])
+        for name, both in own.get("columns", {}).items()
+    }
+    return v | changed, script.Args(**own.get("args", {}))
 
 
 def pairs(lengths, seed=0, dtype=torch.float32):
@@ -91,18 +103,16 @@ def test_padding_order_and_precision_change_nothing(script):
 
 @each
 def test_the_gradient_is_that_of_the_loss(script):
-    """Against finite differences in float64, but for what a script detaches on purpose (t_reg's pair weight)."""
-    v = values(script, [(3, 2), (1, 2)], dtype=torch.float64)
-    _, grad = loss_and_gradient(script, v)
-    if script.__name__.endswith(".t_reg"):
-        return
-    step = 1e-6
+    """Against finite differences in float64, with what a script detaches on purpose switched off (SMOOTH in its own tests)."""
+    v, step = values(script, [(3, 2), (1, 2)], dtype=torch.float64), 1e-6
+    args = script.Args(**getattr(own_tests(script), "SMOOTH", {}))
+    _, grad = loss_and_gradient(script, v, args)
     for row, t in v["mask"].nonzero().tolist():
         total = []
         for sign in (1, -1):
             moved = v["logp"].clone()
             moved[row, t] += sign * step
-            total.append(script.pair_loss(**v | dict(logp=moved), args=script.Args())[0].sum().item())
+            total.append(script.pair_loss(**v | dict(logp=moved), args=args)[0].sum().item())
         assert (total[0] - total[1]) / (2 * step) == pytest.approx(grad[row, t].item(), abs=1e-6)
 
 
@@ -116,29 +126,28 @@ def test_the_chosen_is_raised_against_the_rejected(script):
 
 @each
 def test_identical_responses(script):
-    """Twice the same response, with the same columns: no contrast. Where a method has nothing but contrast, the gradients of
-    the two sides cancel for the shared log-probs, and no accuracy is claimed."""
+    """Twice the same response, with the same columns: no contrast. Where a loss is nothing else, the gradients of the two sides
+    cancel for the shared log-probs, and no accuracy is claimed."""
     v = {k: x[:1].repeat(2, 1) for k, x in values(script, [(4, 4)]).items()}
-    leaf = v["logp"][:1].clone().requires_grad_()
-    losses, stats = script.pair_loss(**v | dict(logp=leaf.expand(2, -1)), args=script.Args())
-    losses.sum().backward()
-    assert losses.isfinite().all() and leaf.grad.isfinite().all()
-    name = script.__name__.removeprefix("algos.")
-    if name not in TEACH_ONE_SIDE | WEIGH_THE_REJECTED | {"tgdpo"}:
-        torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=1e-7)
-        assert stats["reward_accuracy"].item() == 0 and stats["margin"].item() == pytest.approx(0, abs=1e-6)
+    for given, args in ((v, script.Args()), plain(script, v)):
+        leaf = v["logp"][:1].clone().requires_grad_()
+        losses, stats = script.pair_loss(**given | dict(logp=leaf.expand(2, -1)), args=args)
+        losses.sum().backward()
+        assert losses.isfinite().all() and leaf.grad.isfinite().all()
+    torch.testing.assert_close(leaf.grad, torch.zeros_like(leaf), rtol=0, atol=1e-7)
+    assert stats["reward_accuracy"].item() == 0 and stats["margin"].item() == pytest.approx(0, abs=1e-6)
 
 
 @each
 def test_policy_equal_to_reference(script):
-    """Every method that has a reference starts at ln 2 for its contrast (tab_po's barrier and t_reg's term come on top)."""
+    """Every method that has a reference starts at ln 2 for its contrast."""
     v = values(script, [(4, 2), (1, 3)])
     if "ref_logp" not in v:
         return
     v |= {k: v["ref_logp"] if k.endswith("logp") else torch.zeros_like(v[k]) for k in v if k.endswith(("logp", "kl"))}
-    losses, stats = script.pair_loss(**v, args=script.Args())
-    if script.__name__.removeprefix("algos.") not in TEACH_ONE_SIDE:
-        torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
+    v, args = plain(script, v)
+    losses, stats = script.pair_loss(**v, args=args)
+    torch.testing.assert_close(losses, torch.full((2,), math.log(2)))
     assert not stats["reward_accuracy"].any()
 
 
@@ -153,14 +162,13 @@ def test_every_own_field_is_read(script):
 # ---------------------------------------------------------------- runs
 
 SMALL = "--pairs-per-step 8 --eval-prompts 8 --checkpoint-every 1".split()
-# What makes small what a method does before and after its steps.
-FIRST = dict(tgdpo=["--guide-steps", 2], cdpo=["--ce-steps", 2], did=["--recovery-steps", 20], r2q=["--beam-prompts", 16])
+# What makes small what a method does before and after its steps stands in its own tests: FEW = [flags].
 
 
-@pytest.mark.parametrize("name", [n for n in SCRIPTS if n != "dpo"])  # dpo's runs are tested at length in test_dpo.py
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_two_halves_are_the_whole(name, tmp_path):
     script, whole, parts = ROOT / "algos" / f"{name}.py", tmp_path / "whole", tmp_path / "parts"
-    small = [*SMALL, *FIRST.get(name, [])]
+    small = [*SMALL, *getattr(importlib.import_module(f"tests.test_{name}"), "FEW", [])]
     for arguments in (
         [*small, "--steps", 2, "--run-dir", whole],
         [*small, "--steps", 1, "--run-dir", parts],

@@ -1,5 +1,6 @@
 """Preference data: every schema that the hub uses, every mistake in a file, batches, the cache, and the built-in games."""
 
+import hashlib
 import json
 import random
 from types import SimpleNamespace
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from algos import dpo
-from common import UserError, games, gpu, judge, models, preferences
+from common import UserError, gpu, judge, pairs, policy, tasks
+from common.worlds import tiny
 from tests.helpers import ROOT, run, user_error
 
-TOKENIZER, CONFIG = models.tiny_tokenizer(), models.tiny_config()
+TOKENIZER, CONFIG = tiny.characters(), tiny.config()
 
 
 def user(text):
@@ -24,7 +26,7 @@ def assistant(text):
 
 def load(path, **changes):
     args = dpo.Args(data=str(path), **dict(max_new_tokens=12) | changes)
-    return preferences.load(args, CONFIG, TOKENIZER)
+    return pairs.load(args, CONFIG, TOKENIZER)
 
 
 def write(path, rows):
@@ -48,18 +50,18 @@ def write(path, rows):
     ],
 )
 def test_every_schema_is_the_same_pair(row):
-    prompt, chosen, rejected = preferences._row(row, "here")
+    prompt, chosen, rejected = pairs._row(row, "here")
     assert (chosen, rejected) == ("yes", "no") and prompt in ("hi", [user("hi")])
-    assert TOKENIZER.decode(preferences.prompt_ids(prompt, TOKENIZER)) == "hi"
+    assert TOKENIZER.decode(pairs.prompt_ids(prompt, TOKENIZER)) == "hi"
 
 
 def test_a_conversation_goes_through_the_chat_template():
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = tiny.characters()
     tokenizer.chat_template = "{% for m in messages %}({{ m['role'] }}){{ m['content'] }}{% endfor %}={% raw %}{% endraw %}"
     row = dict(chosen=[user("a"), assistant("b"), user("c"), assistant("d")])
     row["rejected"] = [*row["chosen"][:-1], assistant("e")]
-    prompt, chosen, _ = preferences._row(row, "here")
-    text = tokenizer.decode(preferences.prompt_ids(prompt, tokenizer))
+    prompt, chosen, _ = pairs._row(row, "here")
+    text = tokenizer.decode(pairs.prompt_ids(prompt, tokenizer))
     assert text == "(user)a(assistant)b(user)c=" and chosen == "d"
 
 
@@ -109,11 +111,11 @@ def test_a_response_that_is_cut_has_no_end(tmp_path):
 @pytest.mark.parametrize(
     "argv, complaint",
     [
-        (["--data", "nothing"], "the tiny model is warm-started on built-in data (letters, letters4, chain, record)"),
+        (["--data", "letters:3"], "letters has no variants"),
         (["--data", "letters", "--beta", "0"], "--beta must be above 0"),
         (["--data", "owner/name", "--model", "{tiny}"], "could not be had from the hub"),
-        (["--data", "lettters", "--model", "{tiny}"], "--data lettters: unknown; there are letters, letters4, chain, record"),
-        (["--data", "none.jsonl", "--model", "{tiny}"], "cannot read the preference file none.jsonl"),
+        (["--data", "lettters", "--model", "{tiny}"], "lettters: unknown; there are chain, letters, letters4, record, .jsonl"),
+        (["--data", "none.jsonl", "--model", "{tiny}"], "cannot read the file none.jsonl"),
         (["--pairs-per-step", "0"], "--pairs-per-step must be at least 1"),
         (["--loss", "sigmoid", "--steps", "-1"], "--steps must be at least 0"),
     ],
@@ -124,9 +126,34 @@ def test_mistakes_end_in_one_line(tmp_path, tiny_letters, argv, complaint):
     assert complaint in user_error(done)
 
 
+@pytest.mark.parametrize("data", ["nothing", "pairs.jsonl", "owner/name"])
+def test_the_tiny_model_wants_a_world(tmp_path, data):
+    """The mistake is the tiny model, whatever the data are like: the line names built-in ones, and --model."""
+    write(tmp_path / "pairs.jsonl", [dict(prompt=f"{i}:", chosen="a", rejected="b") for i in range(9)])
+    said = user_error(run(tmp_path, "--data", data, script=ROOT / "algos" / "dpo.py"))
+    assert "tiny model" in said and data in said and "--model" in said, said
+    assert all(name in said for name in ("letters", "letters4", "chain", "record"))
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+def test_a_character_without_a_token_is_refused(tmp_path, tiny_letters, field):
+    rows = [dict(prompt=f"{i}:", chosen="abc", rejected="kkk") for i in range(30)]
+    rows[7][field] = "café"
+    argv = "--dtype float32 --optimizer adamw --steps 1 --lr 1e-3 --pairs-per-step 4 --max-new-tokens 6".split()
+    path = write(tmp_path / "pairs.jsonl", rows)
+    done = run(tmp_path, "--data", path, "--model", tiny_letters, *argv, script=ROOT / "algos" / "dpo.py")
+    assert "the tokenizer does not know the character 'é' of 'café'" in user_error(done)
+
+
+def test_a_tokenizer_that_says_unknown_itself_may(tmp_path):
+    """Where a text spells the tokenizer's own word for the unknown, nothing is hidden."""
+    data = load(write(tmp_path / "p.jsonl", [dict(prompt=f"{i}:", chosen="<unk>a", rejected="b") for i in range(9)]))
+    assert all(p.chosen[:2] == TOKENIZER("<unk>a")["input_ids"] for p in data.train)
+
+
 @pytest.fixture(scope="module")
 def tiny_letters():
-    return models.warm_start("letters")
+    return tiny.warm_start(tasks.load("letters"))
 
 
 def test_a_run_on_a_file(tmp_path, tiny_letters):
@@ -148,20 +175,20 @@ def test_a_run_on_a_file(tmp_path, tiny_letters):
 def ragged(n=13):
     rng = random.Random(0)
     sizes = [(rng.randint(1, 9), rng.randint(1, 20), rng.randint(1, 20)) for _ in range(n)]
-    return [preferences.Pair(i, [5] * p, [6] * a, [7] * b, str(i)) for i, (p, a, b) in enumerate(sizes)]
+    return [pairs.Pair(i, [5] * p, [6] * a, [7] * b, str(i)) for i, (p, a, b) in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("budget", [1, 64, 200, 10**6])
 def test_pairs_stay_together(budget):
-    pairs = ragged()
-    data = preferences.Data("x", pairs, [])
-    lengths = [n for p in pairs for n in (len(p.chosen), len(p.rejected))]
+    every = ragged()
+    data = pairs.Data("x", every, [])
+    lengths = [n for p in every for n in (len(p.chosen), len(p.rejected))]
     data.columns["row"] = [torch.full((n,), float(r)) for r, n in enumerate(lengths)]
-    args = SimpleNamespace(micro_batch_tokens=budget, pairs_per_step=len(pairs))
+    args = SimpleNamespace(micro_batch_tokens=budget, pairs_per_step=len(every))
     seen, weight = [], 0.0
-    for mb in preferences.micro_batches(pairs, data, args):
+    for mb in pairs.micro_batches(every, data, args):
         b = len(mb.weights)
-        some = [pairs[r // 2] for r in mb.columns["row"][:b, 0].long().tolist()]
+        some = [every[r // 2] for r in mb.columns["row"][:b, 0].long().tolist()]
         responses = sum(len(p.chosen) + len(p.rejected) for p in some)
         assert responses + sum(map(len, {tuple(p.prompt) for p in some})) <= budget or b == 1
         first = mb.columns["row"][:, 0].long()
@@ -174,98 +201,136 @@ def test_pairs_stay_together(budget):
 
 
 def test_a_rank_without_work_keeps_step(monkeypatch):
-    pairs = ragged(2)
+    every = ragged(2)
     monkeypatch.setattr(gpu, "maximum", lambda n: 3)
     args = SimpleNamespace(micro_batch_tokens=10**6, pairs_per_step=8)
-    batches = list(preferences.micro_batches(pairs, preferences.Data("x", pairs, []), args))
+    batches = list(pairs.micro_batches(every, pairs.Data("x", every, []), args))
     assert len(batches) == 3 and [b.real.any().item() for b in batches] == [True, False, False]
     assert sum(b.weights.sum().item() for b in batches) == pytest.approx(2 / 8)
 
 
-def test_the_cache_holds_what_the_model_says(tmp_path):
+def test_the_cache_holds_what_the_frozensays(tmp_path):
     torch.manual_seed(0)
     from transformers import Qwen2ForCausalLM
 
-    policy = models.Policy(Qwen2ForCausalLM(CONFIG).eval())
+    frozen = policy.Policy(Qwen2ForCausalLM(CONFIG).eval())
     args = SimpleNamespace(model="x", dtype="float32", micro_batch_tokens=100, pairs_per_step=1)
     fake = SimpleNamespace(args=args, dir=tmp_path)
-    data = preferences.Data("x", ragged(5), [])
+    data = pairs.Data("x", ragged(5), [])
     calls = []
 
     def model():
         calls.append(1)
-        return policy
+        return frozen
 
-    data.columns["ref_logp"] = preferences.cached(fake, "reference", model, data)
-    for mb in preferences.micro_batches(data.train[2:3], data, args):
-        direct = preferences.logp_now(policy, mb)
+    data.columns["ref_logp"] = pairs.cached(fake, "reference", model, data)
+    for mb in pairs.micro_batches(data.train[2:3], data, args):
+        direct = pairs.logp_now(frozen, mb)
         torch.testing.assert_close(mb.columns["ref_logp"], direct, rtol=1e-5, atol=1e-5)
-    preferences.cached(fake, "reference", model, data)
+    pairs.cached(fake, "reference", model, data)
     assert len(calls) == 1  # read, not made again
     args.dtype = "float64"
-    preferences.cached(fake, "reference", model, data)
+    pairs.cached(fake, "reference", model, data)
     assert len(calls) == 2
     (tmp_path / "reference.safetensors").write_bytes(b"cut short")
-    preferences.cached(fake, "reference", model, data)
+    pairs.cached(fake, "reference", model, data)
     assert len(calls) == 3
     args.micro_batch_tokens = 50  # changes nothing
-    preferences.cached(fake, "reference", model, data)
+    pairs.cached(fake, "reference", model, data)
     assert len(calls) == 3
 
 
-# ---------------------------------------------------------------- games
+# ---------------------------------------------------------------- the built-in worlds
+
+WORLDS = ("letters", "letters4", "chain", "record")
 
 
-@pytest.mark.parametrize("name", games.GAMES)
-def test_games(name):
-    train, test, game = games.pairs(name)
-    again, _, _ = games.pairs(name)
-    assert train == again and len(train) == 4096 and len(test) == 512
+def test_worlds_with_pairs():
+    assert set(pairs._with_pairs()) == set(WORLDS)
+    assert all(tasks.world(name).pair and tasks.world(name).measure == "score" for name in WORLDS)
+    assert all(tasks.world(name).pair is None for name in ("addition", "countdown"))
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_worlds(name):
+    world = tasks.world(name)
+    train, test = pairs._built_in(world)
+    assert (train, test) == pairs._built_in(tasks.world(name)) and len(train) == 4096 and len(test) == 512
     assert not {p for p, _, _ in train} & {p for p, _, _ in test}
-    better = sum(game.reward(p, a) > game.reward(p, b) for p, a, b in train) / len(train)
+    better = sum(world.reward(p, a) > world.reward(p, b) for p, a, b in train) / len(train)
     assert 0.65 < better < 0.95 if name.startswith("letters") else better == 1  # letters: noisy labels
     for p, a, b in train[:200]:
-        assert a != b and len(game.worth(p, a)) == len(a)
+        assert a != b and len(world.worth(p, a)) == len(a)
         assert TOKENIZER.unk_token_id not in TOKENIZER(p + a + b)["input_ids"]
+        assert world.check(a, p) == (a, world.reward(p, a))  # what an online script scores is the gold reward
     data = load(name)
     assert all(len(w) == len(y) for q in data.train for w, y in zip(q.gold, (q.chosen, q.rejected)))
+    p, a, _ = test[0]
+    assert data.reward(p, a) == world.reward(p, a)
+    assert (data.responses is None) == (name != "letters4")
+
+
+def test_the_pairs_are_those_of_ever():
+    """The committed results are of these."""
+    code = {}
+    for name in WORLDS:
+        rows = pairs._built_in(tasks.world(name))
+        code[name] = hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
+    assert code == PAIRS
+
+
+PAIRS = dict(letters="34e53566741b", letters4="d889f619de85", chain="adf98ef74dfc", record="2b7c4f4a0f55")
+
+
+def test_letters4_lists_its_responses():
+    every = tasks.world("letters4").responses()
+    assert len(every) == len(set(every)) == 8**4 and {len(y) for y in every} == {4} and set("".join(every)) == set("abcdefgh")
 
 
 def test_online_prompts_of_letters_have_the_plain_tag():
     """The warm start is shown the better and worse variants, too; none of a held-out prompt."""
-    task = games.task("letters")
+    task = tasks.load("letters")
     assert {e.prompt[1] for e in task.train + task.test} == {"n"} and {e.prompt[1] for e in task.shown} == {"+", "-"}
     assert {e.prompt[2:] + e.prompt[0] for e in task.shown} == {e.prompt[2:] + e.prompt[0] for e in task.train}
     assert len(task.shown) == 2 * len(task.train) and len({e.id for e in task.train + task.test + task.shown}) == 9344
 
 
+def demonstrated(world, rng, prompt, careful):
+    return world.demonstrate(rng, tasks.Example(0, prompt, prompt), careful)
+
+
 def test_chain_knows_the_wrong_token():
-    game = games.chain()
-    assert game.worth("12345678=", "13605186") == [0, 0, 0, 0, 0, 0, 0, 0] and game.reward("12345678=", "13605186") == 1
-    assert game.worth("12345678=", "13615296"[:4]) == [0, 0, 0, -1]  # 6 + 4 is 0
-    wrong = game.worth("12345678=", "13616297")
-    assert wrong == [0, 0, 0, -1, 0, 0, 0, 0] and game.reward("12345678=", "13616297") == 0  # what follows a slip is innocent
+    world = tasks.world("chain")
+    assert world.worth("12345678=", "13605186") == [0, 0, 0, 0, 0, 0, 0, 0] and world.reward("12345678=", "13605186") == 1
+    assert world.worth("12345678=", "13615296"[:4]) == [0, 0, 0, -1]  # 6 + 4 is 0
+    wrong = world.worth("12345678=", "13616297")
+    assert wrong == [0, 0, 0, -1, 0, 0, 0, 0] and world.reward("12345678=", "13616297") == 0  # what follows a slip is innocent
 
 
 def test_record_scores_fields():
-    game = games.record()
-    right = game.demonstrate(random.Random(0), "uvwxyz=", 1.0)
-    assert game.reward("uvwxyz=", right) == 1
-    _, wrong = game.pair(random.Random(0), "uvwxyz=")
-    assert game.reward("uvwxyz=", wrong) == 0.5 and sum(game.worth("uvwxyz=", wrong)) == -1
-    assert game.reward("uvwxyz=", right[:-1]) == game.reward("uvwxyz=", "") == game.reward("uvwxyz=", right + "a") == 0
+    world = tasks.world("record")
+    right = demonstrated(world, random.Random(0), "uvwxyz=", 1.0)
+    assert world.reward("uvwxyz=", right) == 1
+    _, wrong = world.pair(random.Random(0), "uvwxyz=")
+    assert world.reward("uvwxyz=", wrong) == 0.5 and sum(world.worth("uvwxyz=", wrong)) == -1
+    assert world.reward("uvwxyz=", right[:-1]) == world.reward("uvwxyz=", "") == world.reward("uvwxyz=", right + "a") == 0
 
 
 def test_letters_score_depends_on_the_topic():
-    game = games.letters()
-    assert game.reward("1nabc:", "abcdefgh") == -game.reward("2nabc:", "abcdefgh")
+    world = tasks.world("letters")
+    assert world.reward("1nabc:", "abcdefgh") == -world.reward("2nabc:", "abcdefgh")
     rng, text = random.Random(0), {}
     for tag in "+n-":
-        text[tag] = sum(game.reward(f"1{tag}abc:", game.demonstrate(rng, f"1{tag}abc:", 0.3)) for _ in range(300)) / 300
+        done = [demonstrated(world, rng, f"1{tag}abc:", 0.3) for _ in range(300)]
+        text[tag] = sum(world.reward(f"1{tag}abc:", y) for y in done) / 300
     assert text["+"] > text["n"] + 1 > text["-"] + 2
-    assert game.reward("1nabc:", "abcdefgh" + "a" * 9) == game.reward("1nabc:", "abcdefgh")
+    assert world.reward("1nabc:", "abcdefgh" + "a" * 9) == world.reward("1nabc:", "abcdefgh")
 
 
 def test_the_last_line():
-    text = judge.sentence(dict(win_rate=0.5), dict(win_rate=0.777, kl=3.14, prompts=512))
-    assert text == "win rate 0.50 -> 0.78 against the reference on 512 held-out prompts (gold reward), KL 3.1 nats"
+    run = SimpleNamespace(state=dict(before=dict(win_rate=0.5)), after=dict(win_rate=0.777, kl=3.14, prompts=512))
+    assert judge.sentence(run) == (
+        "win rate 0.50 -> 0.78 against the reference on 512 held-out prompts (gold reward), KL 3.1 nats"
+    )
+    run.after = None  # it was stopped
+    assert judge.sentence(run) is None

@@ -3,14 +3,19 @@
 import itertools
 import json
 import math
+import os
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from algos import dpo, r2q
 from tests import sync, test_gpu
-from tests.helpers import ROOT, lines, run, user_error
+from tests.helpers import ROOT, lines, logged, run, start, user_error
 from tests.test_dpo import example
+
+FEW = ["--beam-prompts", 16]
 
 R2Q = ROOT / "algos" / "r2q.py"
 FEW = "--steps 2 --pairs-per-step 8 --eval-prompts 8 --ref live --beams 1,3 --beam-prompts 6".split()
@@ -113,32 +118,51 @@ def test_alignment():
 # ---------------------------------------------------------------- beam search
 
 
+class Rows:
+    """What beam_search needs of a Decoder, over logp(prefix) -> [V]: it has the prefixes themselves, and counts
+    how often it reads."""
+
+    def __init__(self, logp, prompts):
+        self.logp, self.prefixes, self.calls = logp, [list(p) for p in prompts], 1
+        self._read()
+
+    def _read(self):
+        rows = [torch.as_tensor(self.logp(tuple(p)), dtype=torch.float64) for p in self.prefixes]
+        self.logits = torch.stack(rows)
+
+    def keep(self, index):
+        self.prefixes = [self.prefixes[i] for i in index.tolist()]
+
+    def feed(self, tokens):
+        assert len(tokens) == len(self.prefixes)
+        self.prefixes, self.calls = [p + [t] for p, t in zip(self.prefixes, tokens.tolist())], self.calls + 1
+        self._read()
+
+
+def search(logp, prompts, *args):
+    return r2q.beam_search(Rows(logp, prompts), *args)
+
+
 def mdp(logp):
-    return lambda prefixes, parents: torch.tensor([logp[tuple(p)] for p in prefixes], dtype=torch.float64)
+    return lambda prefix: logp[prefix]
 
 
 def test_greedy_misses_what_two_beams_find():
-    found = {k: r2q.beam_search(mdp(solved()[1]), [[]], k, [], 2)[0] for k in (1, 2)}
+    found = {k: search(mdp(solved()[1]), [[]], k, [], 2)[0] for k in (1, 2)}
     assert found[1][0][2][0] == A and math.exp(found[1][0][1]) == pytest.approx(0.261479, abs=1e-6)
     assert found[2][0][2] == [B, A] and math.exp(found[2][0][1]) == pytest.approx(0.473849, abs=1e-6)
     assert len(found[1]) == 1 and len(found[2]) == 2
 
 
 class Table:
-    """Random next-token distributions over V tokens, of which `end` end a response; it counts its calls and checks parents."""
+    """Random next-token distributions over V tokens."""
 
     def __init__(self, seed, V=4, spread=2.0):
-        self.seed, self.V, self.spread, self.calls, self.before, self.rows = seed, V, spread, 0, None, 0
+        self.seed, self.V, self.spread = seed, V, spread
 
     def logp(self, prefix):
         g = torch.Generator().manual_seed(hash((self.seed, *prefix)) % 2**31)
         return (self.spread * torch.randn(self.V, generator=g, dtype=torch.float64)).log_softmax(-1)
-
-    def __call__(self, prefixes, parents):
-        for prefix, parent in zip(prefixes, parents):
-            assert parent is None if self.calls == 0 else self.before[parent] == prefix[:-1]
-        self.calls, self.before, self.rows = self.calls + 1, prefixes, self.rows + len(prefixes)
-        return torch.stack([self.logp(p) for p in prefixes])
 
 
 def everything(table, prompt, end, longest, penalty=0.0):
@@ -156,7 +180,7 @@ def everything(table, prompt, end, longest, penalty=0.0):
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_wide_beams_are_exhaustive(end, penalty):
     prompts = [[5], [6, 7], [8]]
-    found = r2q.beam_search(Table(1), prompts, 300, end, 4, penalty)
+    found = search(Table(1).logp, prompts, 300, end, 4, penalty)
     for prompt, mine in zip(prompts, found):
         best = everything(Table(1), prompt, end, 4, penalty)
         assert [ids for *_, ids in mine] == [ids for *_, ids in best][: len(mine)] and len(mine) == min(300, len(best))
@@ -180,8 +204,9 @@ def test_batched_and_stopped_early_it_is_the_plain_search(k, penalty):
     stopped = 0
     for seed in range(6):
         table, prompts = Table(seed, V=5), [[7], [8, 9], [10]]
-        found = r2q.beam_search(table, prompts, k, [1, 3], 7, penalty)
-        stopped += table.calls < 7
+        rows = Rows(table.logp, prompts)
+        found = r2q.beam_search(rows, k, [1, 3], 7, penalty)
+        stopped += rows.calls < 7
         for prompt, mine in zip(prompts, found):
             theirs = plain(table, prompt, k, [1, 3], 7, penalty)
             assert [ids for *_, ids in mine] == [ids for *_, ids in theirs]
@@ -194,47 +219,67 @@ def test_one_beam_is_greedy():
         table, ids = Table(seed), []
         while len(ids) < 6 and (not ids or ids[-1] != 0):
             ids.append(table.logp((9, *ids)).argmax().item())
-        assert r2q.beam_search(table, [[9]], 1, [0], 6)[0][0][2] == ids
+        assert search(table.logp, [[9]], 1, [0], 6)[0][0][2] == ids
 
 
 def test_the_length_penalty_prefers_long_responses():
     """Ending at once has probability 0.3, going on for two tokens more 0.6 * 0.4: with p = 1 the longer one is the better."""
     rows = {(): [0.3, 0.6, 0.1], (1,): [0.4, 0.3, 0.3], (2,): [0.1, 0.45, 0.45]}
     table = mdp({k: [math.log(p) for p in v] for k, v in rows.items()})
-    assert r2q.beam_search(table, [[]], 2, [0], 2)[0][0][2] == [0]
-    (score, total, ids), *_ = r2q.beam_search(table, [[]], 2, [0], 2, 1.0)[0]
+    assert search(table, [[]], 2, [0], 2)[0][0][2] == [0]
+    (score, total, ids), *_ = search(table, [[]], 2, [0], 2, 1.0)[0]
     assert ids == [1, 0] and total == pytest.approx(math.log(0.24)) and score == pytest.approx(total / 2)
 
 
 def test_impossible_tokens_are_never_taken():
     table = mdp({(): [-math.inf, 0.0], (1,): [math.log(0.5), math.log(0.5)]})
-    assert [ids for *_, ids in r2q.beam_search(table, [[]], 3, [], 2)[0]] == [[1, 0], [1, 1]]
+    assert [ids for *_, ids in search(table, [[]], 3, [], 2)[0]] == [[1, 0], [1, 1]]
 
 
 def test_the_decoder_says_what_a_forward_pass_says():
-    """Prompts of different lengths, prefixes that are dropped, copied and reordered, against the model without a cache."""
+    """Prompts of different lengths, prefixes that are dropped, copied and reordered, against the model without a
+    cache: what is in the decoder's rows are the prefixes that the search takes them for."""
     from transformers import Qwen2ForCausalLM
 
-    from common import models
+    from common.engines import Decoder
+    from common.worlds import tiny
 
     torch.manual_seed(0)
-    lm = Qwen2ForCausalLM(models.tiny_config()).double().eval()
+    lm = Qwen2ForCausalLM(tiny.config()).double().eval()
     with torch.no_grad():
         for p in lm.parameters():
             p.mul_(3)  # so that tokens matter
-    cached, calls = r2q.decoder(lm), []
 
-    def compared(prefixes, parents):
-        found = cached(prefixes, parents)
-        calls.append(len(prefixes))
-        for row, prefix in zip(found, prefixes):
-            with torch.no_grad():
-                logits = lm(input_ids=torch.tensor([prefix])).logits[0, -1]
-            torch.testing.assert_close(row, logits.log_softmax(-1), rtol=0, atol=1e-8)
-        return found
+    def logp(prefix):
+        return lm(input_ids=torch.tensor([prefix]), use_cache=False).logits[0, -1].log_softmax(-1)
 
-    r2q.beam_search(compared, [[5, 6, 7, 8], [9], [20, 21]], 3, [40, 41, 42, 43, 44], 5)
-    assert calls[0] == 3 and calls[1] == 9 and len(calls) == 5
+    class Compared(Rows):
+        def __init__(self, prompts):
+            self.decoder, self.widths = Decoder(lm, prompts), []
+            super().__init__(logp, prompts)
+
+        def _read(self):
+            super()._read()
+            self.widths.append(len(self.prefixes))
+            torch.testing.assert_close(self.decoder.logits.log_softmax(-1), self.logits, rtol=0, atol=1e-8)
+
+        def keep(self, index):
+            super().keep(index)
+            self.decoder.keep(index)
+
+        def feed(self, tokens):
+            self.decoder.feed(tokens)
+            super().feed(tokens)
+
+    with torch.no_grad():
+        prompts, rest = [[5, 6, 7, 8], [9], [20, 21]], (3, [40, 41, 42, 43, 44], 5)
+        compared = Compared(prompts)
+        expected = r2q.beam_search(compared, *rest)
+        found = r2q.beam_search(Decoder(lm, prompts), *rest)
+    assert compared.widths[:2] == [3, 9] and len(compared.widths) == compared.calls == 5
+    for mine, theirs in zip(found, expected):
+        assert [ids for *_, ids in mine] == [ids for *_, ids in theirs]
+        assert [s for s, *_ in mine] == pytest.approx([s for s, *_ in theirs], abs=1e-8)
 
 
 # ---------------------------------------------------------------- runs
@@ -242,7 +287,8 @@ def test_the_decoder_says_what_a_forward_pass_says():
 
 def test_a_run_writes_credit_and_beams(tmp_path):
     """Two processes are one, and what the files say is what the model says."""
-    from common import models, preferences
+    from common import models, pairs, settings
+    from common.engines import Decoder
 
     exact = [*FEW, "--dtype", "float64", "--lr", "1e-3", "--run-dir"]
     done = run(tmp_path, *exact, tmp_path / "1", script=R2Q)
@@ -259,20 +305,22 @@ def test_a_run_writes_credit_and_beams(tmp_path):
     assert again["correlation"] == pytest.approx(credit["correlation"], abs=1e-6) and credit["correlation"] > 0.3
     # The same by hand: reload the weights, and read the first held-out pair, without a cache.
     folder = next((tmp_path / "1" / "checkpoints").glob("step-000002"))
-    args, config = models.resolve(r2q.Args(model=str(folder), data="letters", dtype="float64", optimizer="adamw", beta=1.0,
+    args, config = settings.resolve(r2q.Args(model=str(folder), data="letters", dtype="float64", optimizer="adamw", beta=1.0,
                                            max_new_tokens=12, micro_batch_tokens=16384))  # fmt: skip
     tokenizer = models.load_tokenizer(args)
-    pair = preferences.load(args, config, tokenizer).test[0]
+    pair = pairs.load(args, config, tokenizer).test[0]
     policy = models.load(args, "cpu", trainable=False)
     args.model = "tiny"
     reference = models.load(args, "cpu", trainable=False)
     for row, ids, gold in zip(credit["responses"], (pair.chosen, pair.rejected), pair.gold):
-        now, ref = (preferences.logp_of(m, [(pair.prompt, ids)], args)[0] for m in (policy, reference))
+        now, ref = (pairs.logp_of(m, [(pair.prompt, ids)], args)[0] for m in (policy, reference))
         assert row["c"] == pytest.approx((now - ref).tolist(), abs=1e-6) and max(map(abs, row["c"])) > 1e-3
         assert row["worth"] == gold and "".join(row["tokens"]) == tokenizer.decode(ids)
-    _, total, ids = r2q.beam_search(r2q.decoder(policy.lm), [pair.prompt], 3, [tokenizer.eos_token_id], 12)[0][0]
+    with torch.no_grad():
+        found = r2q.beam_search(Decoder(policy.lm, [pair.prompt]), 3, [tokenizer.eos_token_id], 12)
+    _, total, ids = found[0][0]
     assert ids[-1] == tokenizer.eos_token_id and len(ids) == 9
-    assert total == pytest.approx(preferences.logp_of(policy, [(pair.prompt, ids)], args)[0].sum().item(), abs=1e-6)
+    assert total == pytest.approx(pairs.logp_of(policy, [(pair.prompt, ids)], args)[0].sum().item(), abs=1e-6)
 
 
 def test_flags_of_the_search(tmp_path):
@@ -286,9 +334,43 @@ def test_flags_of_the_search(tmp_path):
     assert lines(tmp_path / "b" / "metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-MISTAKES = [("--beams", "1,two"), ("--beams", "0"), ("--beam-prompts", 0), ("--length-penalty", -1)]
+def test_a_stopped_run_measures_when_it_is_resumed(tmp_path):
+    folder = tmp_path / "run"
+    child = start(tmp_path, *FEW, "--steps", 6, "--run-dir", folder, script=R2Q)
+    assert child.until(lambda: logged(folder) == 2), child.wait()
+    os.kill(child.pid, signal.SIGTERM)
+    done = child.wait()
+    assert done.code == 0 and done.out.splitlines()[-1].startswith("stopped after step")
+    assert not (folder / "credit.json").exists() and not (folder / "beams.json").exists()
+    done = run(tmp_path, "--resume", folder, script=R2Q)
+    assert done.code == 0, done.err
+    assert (folder / "credit.json").exists() and (folder / "beams.json").exists()
 
 
-@pytest.mark.parametrize("flag, value", MISTAKES)
-def test_mistakes_end_in_one_line(tmp_path, flag, value):
-    assert "--beams: widths of at least 1" in user_error(run(tmp_path, flag, value, script=R2Q))
+def test_no_search_where_no_process_has_a_whole_policy(tmp_path, monkeypatch):
+    """Under torchrun with vLLM: a line says so, where a search was asked for."""
+    from common import gpu
+
+    monkeypatch.setattr(gpu, "world", lambda: 2)
+    said, data = [], SimpleNamespace(test=[])
+    bar = SimpleNamespace(write=said.append)
+    run = SimpleNamespace(args=r2q.Args(), main=True, dir=tmp_path, bar=bar)
+    vllm = SimpleNamespace(name="vllm")
+    r2q.measure_beams(run, [], data, None, vllm, None)
+    assert said == []
+    r2q.measure_beams(run, [1, 2], data, None, vllm, None)
+    assert len(said) == 1 and "note: no beam search" in said[0] and not list(tmp_path.iterdir())
+
+
+MISTAKES = [
+    ("--beams", "1,two", "--beams: widths of at least 1 with commas"),
+    ("--beams", "0", "--beams: widths of at least 1 with commas"),
+    ("--beam-prompts", 0, "--beam-prompts must be at least 1, is 0"),
+    ("--length-penalty", -1, "--length-penalty must be at least 0, is -1"),
+    ("--length-penalty", "inf", "--length-penalty must be at least 0, is inf"),
+]
+
+
+@pytest.mark.parametrize("flag, value, says", MISTAKES)
+def test_mistakes_end_in_one_line(tmp_path, flag, value, says):
+    assert says in user_error(run(tmp_path, flag, value, script=R2Q))

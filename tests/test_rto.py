@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from algos import dpo, ppo, rto
-from common import models, preferences
+from common import models, pairs, tasks
+from common.worlds import tiny
 from tests import test_gpu
 from tests.helpers import ROOT, checkpoints, die_at, lines, outcome, run, same, user_error
 
@@ -116,7 +117,7 @@ def test_stage_1_is_dpo():
 
 # ---------------------------------------------------------------- runs
 
-STAGE_1 = dict(dpo_steps=3, dpo_beta=1.0, dpo_lr=1e-3, dpo_pairs=8)
+STAGE_1 = dict(dpo_steps=3, dpo_beta=1.0, dpo_lr=1e-3, dpo_pairs_per_step=8)
 SMALL = "--steps 4 --prompts-per-step 4 --eval-prompts 8 --checkpoint-every 2".split()
 
 
@@ -126,7 +127,7 @@ def flags(**changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    models.warm_start("letters")
+    tiny.warm_start(tasks.load("letters"))
     folder = tmp_path_factory.mktemp("rto")
     done = run(folder, *SMALL, *flags(), "--run-dir", folder / "run", script=RTO)
     assert done.code == 0, done.err
@@ -187,13 +188,13 @@ def test_a_dpo_model_that_is_given(whole, tmp_path):
 def test_every_flag_of_stage_1_changes_the_dpo_model(whole, tmp_path, monkeypatch):
     settings = json.loads((whole / "config.json").read_text())["args"] | dict(run_dir=None)
     tokenizer = models.load_tokenizer(rto.Args(**settings))
-    pairs = preferences.load(SimpleNamespace(**settings | dict(data="letters")), models.tiny_config(), tokenizer)
-    monkeypatch.setattr(preferences, "load", lambda args, *_: pairs)
+    data = pairs.load(SimpleNamespace(**settings | dict(data="letters")), tiny.config(), tokenizer)
+    monkeypatch.setattr(pairs, "load", lambda args, *_: data)
     found = {}
-    for changes in ({}, dict(dpo_steps=2), dict(dpo_beta=0.2), dict(dpo_lr=1e-4), dict(dpo_pairs=4)):
+    for changes in ({}, dict(dpo_steps=2), dict(dpo_beta=0.2), dict(dpo_lr=1e-4), dict(dpo_pairs_per_step=4)):
         folder = tmp_path / f"dpo{len(found)}"
         args = rto.Args(**settings | changes)
-        rto.dpo_stage(folder, args, models.tiny_config(), tokenizer, SimpleNamespace(main=True, stop=None))
+        rto.dpo_stage(folder, args, tiny.config(), tokenizer, SimpleNamespace(main=True, stop=None))
         found[str(changes)] = (folder / "model.safetensors").read_bytes()
     assert len(set(found.values())) == 5
 
@@ -209,7 +210,9 @@ def test_a_real_model_takes_the_paper_s_values(whole, tmp_path):
 
 @pytest.mark.parametrize(
     "argv, message",
-    [("--task addition", "--dpo-model"), ("--dpo-pairs 0", "--dpo-pairs 0"), ("--dpo-lr -1", "--dpo-lr must be"),
+    [("--task addition", "--task addition has no pairs for stage 1"),
+     ("--dpo-pairs-per-step 0", "--dpo-pairs-per-step must be at least 1, is 0"),
+     ("--dpo-lr -1", "--dpo-lr must be at least 0, is -1"), ("--gamma 1.5", "--gamma must be at least 0 and at most 1, is 1.5"),
      ("--dpo-model no/such/folder", "no such folder")],
 )  # fmt: skip
 def test_mistakes(tmp_path, argv, message):

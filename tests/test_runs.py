@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -496,10 +497,11 @@ def test_finite():
 
 def make_tiny(cache):
     """In a child: a warm start of few steps."""
-    from common import models
+    from common import tasks
+    from common.worlds import tiny
 
-    models.WARM_START |= dict(steps=6, careful_steps=3, batch=8)
-    print(models.warm_start("addition", cache))
+    tiny.RECIPE |= dict(steps=6, careful_steps=3, batch=8)
+    print(tiny.warm_start(tasks.load("addition"), cache=cache))
 
 
 def test_two_processes_make_one_model(tmp_path):
@@ -535,6 +537,206 @@ def test_the_cache_may_be_elsewhere(tmp_path):
 def dying(target):
     die_at("os.rename", ".tmp")
     target()
+
+
+# ---------------------------------------------------------------- without a language model, without training
+
+
+@dataclass
+class Scores:
+    """Args of a script that trains nothing."""
+
+    seed: int = 1
+    items: int = 6
+    resume: str | None = None
+    run_dir: str | None = None
+
+
+@dataclass
+class ScoresOfAModel(Scores):
+    model: str = "tiny"
+    task: str | None = None
+    dtype: str | None = None
+    max_new_tokens: int | None = None
+
+
+def scoring(args):
+    """In a child: a script that measures and does not train; with a model, if its Args have one."""
+    from common import models, runlog, settings, tasks
+
+    args, config, device = settings.prepare("scores.py", args)
+    more = ()
+    if "model" in vars(args):
+        tokenizer = models.load_tokenizer(args)
+        task = tasks.load(args.task, tokenizer)
+        more = (config, tokenizer, models.check_context(config, task, args))
+        policy = models.load(args, device, trainable=False)
+        assert not any(p.requires_grad for p in policy.parameters())
+    run = runlog.Run("scores.py", args, *more, trained=0, frozen=int(bool(more)))
+    for item in range(args.items):
+        run.timed("score")
+        run.write(dict(auroc=item / 8), 3, dict(auroc="AUROC"))
+    run.measured(dict(auroc=0.75, prompts=6))
+    run.finish("AUROC 0.75 on 6 prompts")
+
+
+def scored(folder, done):
+    assert done.code == 0 and done.err == "", done.err
+    rows = lines(folder / "metrics.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and [r["auroc"] for r in rows] == [i / 8 for i in range(6)]
+    assert lines(folder / "evals.jsonl") == [dict(step=6, auroc=0.75, prompts=6)]
+    assert done.out.startswith("scores: seed=1 items=6 ") and f"run folder {folder}" in done.out
+    config = json.loads((folder / "config.json").read_text())
+    assert config["script"] == "scores" and config["args"]["items"] == 6
+    return config
+
+
+def test_a_run_without_a_model(tmp_path):
+    done = Child(functools.partial(scoring, Scores(run_dir=str(tmp_path / "run"))), tmp_path).wait()
+    assert scored(tmp_path / "run", done)["model_config"] is None
+    assert scalars(tmp_path / "run", "auroc") == [(i + 1, i / 8) for i in range(6)] + [(6, 0.75)]
+
+
+def test_a_run_without_a_model_ends_with_its_sentence(tmp_path):
+    done = Child(functools.partial(scoring, Scores(run_dir=str(tmp_path / "run"))), tmp_path).wait()
+    assert done.out.splitlines()[-1] == "AUROC 0.75 on 6 prompts"
+
+
+@pytest.mark.parametrize("model", ["tiny", "folder"])
+def test_a_run_that_trains_nothing(tmp_path, tiny, model):
+    """Its Args have no rate, no optimizer, no engine: the memory plan of a real model must not want them."""
+    model = "tiny" if model == "tiny" else tiny
+    args = ScoresOfAModel(run_dir=str(tmp_path / "run"), model=model, task="addition", dtype="float32", max_new_tokens=28)
+    done = Child(functools.partial(scoring, args), tmp_path).wait()
+    config = scored(tmp_path / "run", done)
+    assert config["model_config"]["vocab_size"] == 78 and "lr" not in config["args"]
+    assert ("memory plan per process" in done.out) == (model != "tiny")
+    assert "gradients" not in done.out and "optimizer" not in done.out
+
+
+@dataclass
+class Fit:
+    """Args of a script that trains a module of its own."""
+
+    seed: int = 1
+    steps: int = 6
+    eval_every: int = 3
+    checkpoint_every: int = 2
+    lr: float | None = None
+    weight_decay: float = 0.0
+    optimizer: str | None = None
+    resume: str | None = None
+    run_dir: str | None = None
+
+
+def fitting(folder, resume=False, steps=6, dropout=0.2, width=8, before=None):
+    """A regression by a small network, and beside it another, in float64; dropout draws from torch's own generator."""
+    from torch import nn
+
+    from common import gpu, runlog, settings
+
+    if before:
+        before()
+    args, config, _ = settings.prepare("fit.py", Fit(steps=steps, **{"resume" if resume else "run_dir": str(folder)}))
+    assert config is None and args.lr == 1e-4 and args.optimizer == "adamw"  # the preset's
+    run = runlog.Run("fit.py", args)
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 8, 4, dtype=torch.float64).unbind()
+    module = gpu.shard(nn.Sequential(nn.Linear(4, width), nn.Dropout(dropout), nn.Tanh(), nn.Linear(width, 4)).double())
+    module.register_buffer("passes", torch.zeros(()))  # what is no parameter is state as well
+    beside = gpu.shard(nn.Linear(4, 4).double())
+    optimizer, own = gpu.make_optimizer(module, args), gpu.make_optimizer(beside, args)
+    run.extra["beside"] = (beside, own)
+    run.restore(module, optimizer)
+    mine = gpu.local(torch.arange(8))
+
+    def evaluate():
+        module.eval()
+        with torch.no_grad():
+            error = gpu.total((module(x[mine]) - y[mine]).square().sum().item()) / 8
+        module.train()
+        return dict(error=error, prompts=8)
+
+    for _ in run.steps(module, optimizer, evaluate):
+        loss = ((module(x[mine]) - y[mine]).square().sum() + (beside(x[mine]) - y[mine]).abs().sum()) / 8
+        loss.backward()
+        norms = gpu.clip_gradients(module, 1.0), gpu.clip_gradients(beside, 1.0)
+        loss = gpu.total(loss.item())
+        if run.finite(loss, *norms):
+            optimizer.step(), own.step()
+        optimizer.zero_grad(), own.zero_grad()
+        module.passes += 1
+        run.state["seen"] = run.state.get("seen", 0) + 8
+        run.timed("update")
+        run.write(dict(loss=loss, norm=norms[0], passes=module.passes.item()), 8, dict(loss="loss"))
+    run.finish()
+    gpu.finish()
+
+
+def fit(tmp_path, folder, **kwargs):
+    return Child(functools.partial(fitting, str(folder), **kwargs), tmp_path).wait()
+
+
+def fitted(folder):
+    """What must be the same bit for bit; floats as their bits."""
+    last = checkpoints(folder)[-1]
+    state = torch.load(last / "state.pt", weights_only=False)
+    assert {"own", "beside", "optimizer", "state"} <= state.keys() and len(state["own"]) >= 4
+    rows = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in lines(folder / "metrics.jsonl")]
+    return last.name, rows, lines(folder / "evals.jsonl"), plain(state)
+
+
+def plain(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.tolist()
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@pytest.fixture(scope="module")
+def whole_fit(tmp_path_factory):
+    top = tmp_path_factory.mktemp("fit")
+    done = fit(top, top / "run")
+    assert done.code == 0 and done.err == "", done.err
+    return top / "run", done, fitted(top / "run")
+
+
+def test_any_module_can_be_trained(whole_fit):
+    folder, done, (last, rows, evals, state) = whole_fit
+    assert last == "step-000006" and [r["step"] for r in rows] == [r["passes"] for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert [e["step"] for e in evals] == [0, 3, 6] and state["state"]["seen"] == 48
+    first, after = evals[0]["error"], evals[-1]["error"]
+    assert done.out.splitlines()[-1] == f"error {first:.2f} -> {after:.2f} on 8 held-out prompts" and after < first
+    assert json.loads((folder / "config.json").read_text())["model_config"] is None
+    assert {p.name for p in checkpoints(folder)[-1].iterdir()} == {"state.pt", "manifest.json"}  # no model folder
+
+
+@pytest.mark.parametrize(
+    "function, argument, after",
+    [("torch.save", "000002.tmp", False), ("torch.save", "000004.tmp", False), ("os.rename", "000004.tmp", True)],
+)
+def test_any_module_survives_a_kill(whole_fit, tmp_path, function, argument, after):
+    dead = fit(tmp_path, tmp_path / "run", before=functools.partial(die_at, function, argument, after))
+    assert dead.code == -signal.SIGKILL
+    done = fit(tmp_path, tmp_path / "run", resume=True)
+    assert done.code == 0 and done.err == "", done.err
+    assert fitted(tmp_path / "run") == whole_fit[2]
+    assert done.out.splitlines()[-1] == whole_fit[1].out.splitlines()[-1]
+
+
+def test_a_damaged_checkpoint_of_any_module(whole_fit, tmp_path):
+    shutil.copytree(whole_fit[0], tmp_path / "run")
+    flip(checkpoints(tmp_path / "run")[-1] / "state.pt")
+    done = fit(tmp_path, tmp_path / "run", resume=True)
+    assert done.code == 0 and "step-000006 is damaged (" in done.out, done.err
+    assert fitted(tmp_path / "run") == whole_fit[2]
+
+
+def test_a_checkpoint_of_another_module(whole_fit, tmp_path):
+    shutil.copytree(whole_fit[0], tmp_path / "run")
+    said = user_error(fit(tmp_path, tmp_path / "run", resume=True, width=9))
+    assert f"--resume {tmp_path / 'run'}: the checkpoint is of another model" in said
 
 
 # ---------------------------------------------------------------- importing

@@ -102,9 +102,9 @@ def test_a_hopeless_pair_costs_what_it_should():
 
 def tell_loads():
     """Tells on stderr of every model that is loaded and of every step."""
-    from common import models, preferences
+    from common import models, pairs
 
-    load, cut = models.load, preferences.micro_batches
+    load, cut = models.load, pairs.micro_batches
 
     def told(args, device, trainable=True):
         print("trained" if trainable else "frozen", file=sys.stderr)
@@ -114,7 +114,7 @@ def tell_loads():
         print("step", file=sys.stderr)
         return cut(*args)
 
-    models.load, preferences.micro_batches = told, stepped
+    models.load, pairs.micro_batches = told, stepped
 
 
 def test_a_run_needs_no_reference_but_for_its_evaluations(tmp_path):

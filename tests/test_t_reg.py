@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from algos import dpo, t_reg, tgdpo
-from common import games, models, preferences
+from common import models, pairs, tasks
+from common.worlds import tiny
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
 from tests.test_tgdpo import loss_and_gradient
+
+PLAIN = dict(args=dict(alpha=0.0))  # DPO
+SMOOTH = dict(static_weight=True)  # the pair's weight is no function to be differentiated
 
 CLOSE = dict(rtol=0, atol=1e-6)
 T_REG = ROOT / "algos" / "t_reg.py"
@@ -109,8 +113,8 @@ def test_revision():
     for text in (better, worse):
         assert text.index("What is 2+2?") < text.index("It is 4.") and text.count("It is 4.") == 1
     assert "more helpful" in better and "less helpful" in worse and "less helpful" not in better
-    game = games.letters()
-    plain, *variants = game.variants(game.prompts[0])  # what the warm start has seen
+    world = tasks.world("letters")
+    plain, variants = world.train[0].prompt, [e.prompt for e in world.shown[:2]]  # what the warm start has seen
     assert variants == [t_reg.revision(plain, "", b, tagged=True) for b in (True, False)]
 
 
@@ -119,18 +123,18 @@ def test_revision():
 
 @pytest.fixture(scope="module")
 def letters():
-    return models.warm_start("letters")
+    return tiny.warm_start(tasks.load("letters"))
 
 
 def columns(folder):
-    return [preferences.Cache(folder / f"{name}.safetensors") for name in ("reference", "better", "worse")]
+    return [pairs._Cache(folder / f"{name}.safetensors") for name in ("reference", "better", "worse")]
 
 
 def test_the_tags_give_nearly_the_true_token_reward(tmp_path, letters):
     done = run(tmp_path, *SMALL, "--run-dir", tmp_path / "run", script=T_REG)
     assert done.code == 0 and done.err == "" and "token reward" not in done.out
     args = t_reg.Args(data="letters", max_new_tokens=12)
-    data = preferences.load(args, models.tiny_config(), models.tiny_tokenizer())
+    data = pairs.load(args, tiny.config(), tiny.characters())
     _, better, worse = columns(tmp_path / "run")
     r_hat, gold = [], []
     for p in data.train[:300]:
@@ -169,7 +173,7 @@ def test_a_file(tmp_path, letters):
     tokenizer, model = models.load_tokenizer(args), models.load(args, "cpu", trainable=False)
     for better, column in zip((True, False), found):
         for row, answer in ((8, "abc"), (9, "kkkk")):
-            prompt = preferences.prompt_ids(t_reg.revision("4: abc?", answer, better), tokenizer)
+            prompt = pairs.prompt_ids(t_reg.revision("4: abc?", answer, better), tokenizer)
             response = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
-            (expected,) = preferences.logp_of(model, [(prompt, response)], args)
+            (expected,) = pairs.logp_of(model, [(prompt, response)], args)
             torch.testing.assert_close(column[row], expected, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,8 @@ from algos import tab_po
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
 
+PLAIN = dict(args=dict(barrier=0.0))
+
 TAB_PO = ROOT / "algos" / "tab_po.py"
 SMALL = "--steps 4 --pairs-per-step 8 --eval-prompts 16".split()
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -195,16 +197,18 @@ def test_weights_of_zero_are_finite():
 
 @pytest.fixture(scope="module")
 def tiny():
-    from common import models
+    from common import tasks
+    from common.worlds import tiny
 
-    return models.warm_start("record")
+    return tiny.warm_start(tasks.load("record"))
 
 
 def spy():
     """Writes the weights of the first micro-batch, with its texts, beside the run."""
-    from common import models, preferences
+    from common import pairs
+    from common.worlds import tiny
 
-    real, tokenizer = preferences.micro_batches, models.tiny_tokenizer()
+    real, tokenizer = pairs.micro_batches, tiny.characters()
 
     def watched(*args):
         for n, mb in enumerate(real(*args)):
@@ -215,7 +219,7 @@ def spy():
                     file.write(json.dumps(dict(texts=texts, weight=mb.columns["weight"].tolist())) + "\n")
             yield mb
 
-    preferences.micro_batches = watched
+    pairs.micro_batches = watched
 
 
 def test_a_run(tmp_path, tiny):
@@ -260,11 +264,11 @@ def test_a_run_on_a_file(tmp_path, tiny):
     [
         (["--field-weights", "Code"], "--field-weights must be like Code=1.1,Span=1.2, is Code"),
         (["--field-weights", "Code=much"], "--field-weights must be like"),
-        (["--field-weights", "Code=0"], "must be above 0"),
-        (["--difference-weight", "-1"], "must be above 0"),
-        (["--tau", "0"], "--tau must be in (0, 1]"),
-        (["--barrier", "-1"], "--barrier at least 0"),
+        (["--field-weights", "Code=0"], "--field-weights must be above 0, is Code=0"),
+        (["--difference-weight", "-1"], "--difference-weight must be above 0, is -1"),
+        (["--tau", "0"], "--tau must be above 0 and at most 1, is 0"),
+        (["--barrier", "-1"], "--barrier must be at least 0, is -1"),
     ],
 )
-def test_mistakes_end_in_one_line(tmp_path, argv, complaint):
+def test_mistakes_end_in_one_line(tmp_path, tiny, argv, complaint):
     assert complaint in user_error(run(tmp_path, *argv, script=TAB_PO))

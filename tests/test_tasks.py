@@ -12,18 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import grpo
-from common import UserError, models, rewards, tasks
+from common import UserError, rewards, tasks
+from common import settings as house
+from common.worlds import addition as sums
+from common.worlds import countdown as problems
+from common.worlds import tiny
 from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
 def addition():
-    return tasks.addition()
+    return tasks.load("addition")
 
 
 @pytest.fixture(scope="module")
 def countdown():
-    return tasks.countdown()
+    return tasks.load("countdown")
 
 
 # ---------------------------------------------------------------- splits
@@ -48,10 +52,10 @@ def test_addition_is_all_pairs(addition):
 
 def test_splits_are_stable(addition, countdown):
     """The same in another process, whatever the hash seed: held-out prompts must stay held out over resumes and versions.
-    If these change, every stored curve and the tiny model's warm start (WARM_START['version']) change with them."""
+    If these change, every stored curve and the tiny model's warm start (its folder's key) change with them."""
     code = (
         "import hashlib, sys; sys.path.insert(0, sys.argv[1]); from common import tasks\n"
-        "for t in (tasks.addition(), tasks.addition(3)):\n"
+        "for t in (tasks.load('addition'), tasks.load('addition:3')):\n"
         "    print(hashlib.sha256(repr([(e.id, e.prompt, e.answer) for e in t.train + t.test]).encode()).hexdigest())"
     )
     seen = {
@@ -61,7 +65,7 @@ def test_splits_are_stable(addition, countdown):
         for s in ("1", "2")
     }
     assert len(seen) == 1
-    assert [e.prompt for e in addition.test[:3]] == [e.prompt for e in tasks.addition().test[:3]] == FIRST
+    assert [e.prompt for e in addition.test[:3]] == [e.prompt for e in tasks.load("addition").test[:3]] == FIRST
     again = tasks.load("countdown")
     assert [(e.id, e.prompt) for e in again.test] == [(e.id, e.prompt) for e in countdown.test]
 
@@ -77,14 +81,14 @@ def test_digits(digits, train, test):
     numbers = [int(x) for e in task.train for x in e.prompt.rstrip("=").split("+")]
     assert low <= min(numbers) and max(numbers) <= high
     rng = random.Random(0)
-    assert all(tasks.check_addition(tasks.demonstrate_addition(rng, e, 1.0), e.answer)[1] == 1.0 for e in task.train[:200])
+    assert all(sums.check_addition(sums.demonstrate_addition(rng, e, 1.0), e.answer)[1] == 1.0 for e in task.train[:200])
 
 
 def test_countdown_can_be_solved(countdown):
     for e in countdown.train[:300] + countdown.test[:100]:
         numbers, target = e.answer.split("=")
         assert e.prompt == e.answer + "?" and 0 <= int(target) < 100 and len(numbers.split()) == 3
-        assert any(value == int(target) for _, value in tasks._expressions([int(n) for n in numbers.split()]))
+        assert any(value == int(target) for _, value in problems._expressions([int(n) for n in numbers.split()]))
 
 
 def test_countdown_holds_out_problems_and_not_only_their_order(countdown):
@@ -102,7 +106,7 @@ def test_careful_demonstrations_fit_the_preset(name):
     """A completion that is cut counts as wrong: the way that is right must fit into what the tiny preset samples."""
     task, rng = tasks.load(name), random.Random(0)
     lengths = [len(task.demonstrate(rng, e, 1.0)) + 1 for e in task.train[:500]]
-    args, _ = models.resolve(grpo.Args(task=name))
+    args, _ = house.resolve(grpo.Args(task=name))
     limit = args.max_new_tokens
     assert max(lengths) <= limit, f"{sum(n > limit for n in lengths)} of {len(lengths)} right ways are over {limit} tokens"
 
@@ -123,15 +127,15 @@ def test_share_of_right_demonstrations(addition):
     """30% careful and right, 70% guesses of which a tenth is right: 0.37, within five standard deviations. The two are told
     apart by their first character."""
     rng, n = random.Random(2), 4000
-    done = [(tasks.demonstrate_addition(rng, e), e.answer) for e in addition.train[:n]]
+    done = [(sums.demonstrate_addition(rng, e), e.answer) for e in addition.train[:n]]
     guesses = [(t, a) for t, a in done if t.startswith(":")]
 
     def within(hits, n, p):
         return abs(hits - n * p) < 5 * math.sqrt(n * p * (1 - p))
 
     assert within(len(guesses), n, 0.7)
-    assert within(sum(tasks.check_addition(t, a)[1] for t, a in guesses), len(guesses), 0.1)
-    assert all(tasks.check_addition(t, a)[1] == 1.0 for t, a in done if not t.startswith(":"))
+    assert within(sum(sums.check_addition(t, a)[1] for t, a in guesses), len(guesses), 0.1)
+    assert all(sums.check_addition(t, a)[1] == 1.0 for t, a in done if not t.startswith(":"))
     assert all(int(t[1:]) >= 0 for t, _ in guesses)
 
 
@@ -139,18 +143,18 @@ def test_share_of_right_countdowns(countdown):
     rng, n = random.Random(3), 1500
     right = careful = 0
     for e in countdown.train[:n]:
-        text = tasks.demonstrate_countdown(rng, e, 0.3)
+        text = problems.demonstrate_countdown(rng, e, 0.3)
         careful += not text.startswith(":")
-        right += tasks.check_countdown(text, e.answer)[1]
+        right += problems.check_countdown(text, e.answer)[1]
     assert abs(careful - 0.3 * n) < 5 * math.sqrt(n * 0.21) and careful < right < 0.6 * n
 
 
 def test_demonstrations_by_hand(addition):
     e = tasks.Example(0, "57+68=", "125")
-    assert tasks.demonstrate_addition(random.Random(0), e, 1.0) == "7+8=15 5+6+1=12:125"
+    assert sums.demonstrate_addition(random.Random(0), e, 1.0) == "7+8=15 5+6+1=12:125"
     e = tasks.Example(0, "907+95=".replace("95", "095"), "1002")
-    assert tasks.demonstrate_addition(random.Random(0), e, 1.0) == "7+5=12 0+9+1=10 9+0+1=10:1002"
-    tokenizer = models.tiny_tokenizer()
+    assert sums.demonstrate_addition(random.Random(0), e, 1.0) == "7+5=12 0+9+1=10 9+0+1=10:1002"
+    tokenizer = tiny.characters()
     ids = tokenizer("7+8=15 5+6+1=12:125").input_ids
     assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == "7+8=15 5+6+1=12:125"
 
@@ -181,7 +185,7 @@ def test_demonstrations_by_hand(addition):
     ],
 )
 def test_check_addition(text, extracted, score):
-    assert tasks.check_addition(text, "46") == (extracted, float(score))
+    assert sums.check_addition(text, "46") == (extracted, float(score))
 
 
 @pytest.mark.parametrize(
@@ -228,14 +232,14 @@ def test_check_addition(text, extracted, score):
     ],
 )
 def test_check_countdown(text, score, recwarn):
-    assert tasks.check_countdown(text, "3 8 8=16")[1] == float(score)
+    assert problems.check_countdown(text, "3 8 8=16")[1] == float(score)
     assert not recwarn.list  # nothing that the parser says about hostile text reaches the terminal
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=80) | st.text("0123456789+-*/()=:. \n'\"\\x[]", max_size=80))
 def test_checkers_never_raise(text):
-    for check, answer in ((tasks.check_addition, "46"), (tasks.check_countdown, "3 8 8=16")):
+    for check, answer in ((sums.check_addition, "46"), (problems.check_countdown, "3 8 8=16")):
         extracted, score = check(text, answer)
         assert score in (0.0, 1.0) and (extracted is None or extracted in text)
 
@@ -248,7 +252,7 @@ def bracket(parts):
 @given(st.recursive(st.integers(0, 999).map(str), lambda e: st.tuples(e, st.sampled_from("+-*"), e).map(bracket)))
 def test_evaluate_agrees_with_python(expression):
     """On the grammar that is allowed; here `eval` may judge, for the text is ours."""
-    result = tasks.evaluate(expression)
+    result = problems.evaluate(expression)
     if len(expression) > 64:
         assert result is None
     else:
@@ -272,15 +276,16 @@ def test_evaluate_never_evals(monkeypatch):
     monkeypatch.setattr(builtins, "eval", never)
     monkeypatch.setattr(builtins, "exec", never)
     monkeypatch.setattr(builtins, "compile", only_parse)
-    assert tasks.evaluate("3*8-8") == (16, [3, 8, 8])
-    assert tasks.evaluate("open('x','w')") is None and tasks.evaluate("1000") is None and tasks.evaluate("999") == (999, [999])
+    assert problems.evaluate("3*8-8") == (16, [3, 8, 8])
+    assert problems.evaluate("open('x','w')") is None
+    assert problems.evaluate("1000") is None and problems.evaluate("999") == (999, [999])
 
 
 # ---------------------------------------------------------------- order
 
 
 def some(n):
-    return tasks.Task("t", [tasks.Example(i, str(i), str(i)) for i in range(n)], [], rewards.exact)
+    return tasks.Task("t", [tasks.Example(i, str(i), str(i)) for i in range(n)], [], rewards.maths)
 
 
 @settings(max_examples=60, deadline=None)
@@ -376,7 +381,7 @@ def test_rows_shaped_like_gsm8k(tmp_path):
 
 
 def test_prompt_template(addition):
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = tiny.characters()
     task = tasks.load("addition", tokenizer)
     e = task.train[0]
     assert e.prompt == addition.train[0].prompt and tokenizer.decode(e.ids) == e.prompt and len(e.ids) == 6
@@ -388,12 +393,12 @@ def test_prompt_template(addition):
 
 def test_default_template_asks_for_a_box(tmp_path):
     path = write(tmp_path / "x.jsonl", [dict(prompt=f"{i} {{x}} %s?", answer=str(i)) for i in range(9)])
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = tiny.characters(tiny.CHARACTERS + "\\{}%")
     task = tasks.load(path, tokenizer)
-    text = tokenizer.decode(task.train[0].ids)
-    assert text.endswith("?\n\nPlease reason step by step, and put your final answer within <unk>boxed<unk><unk>.")
-    assert tasks.CHAT_TEMPLATE.format(prompt="P").endswith("put your final answer within \\boxed{}.")
-    assert len(task.train[0].ids) == len(tasks.CHAT_TEMPLATE.format(prompt=task.train[0].prompt))
+    e = task.train[0]
+    asked = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert tokenizer.decode(e.ids) == e.prompt + asked and e.prompt == f"{e.answer} {{x}} %s?"
+    assert tasks.CHAT_TEMPLATE.format(prompt="P") == f"P{asked}" and len(e.ids) == len(e.prompt + asked)
 
 
 @pytest.mark.parametrize(
@@ -401,12 +406,12 @@ def test_default_template_asks_for_a_box(tmp_path):
 )
 def test_bad_templates(template):
     with pytest.raises(UserError, match=r"--prompt-template needs the field \{prompt\} and no other"):
-        tasks.load("addition:1", models.tiny_tokenizer(), template)
+        tasks.load("addition:1", tiny.characters(), template)
 
 
 def test_chat_template():
     """Applied after the prompt's template, with the turn of the assistant opened, and no special tokens added twice."""
-    tokenizer = models.tiny_tokenizer()
+    tokenizer = tiny.characters()
     tokenizer.chat_template = (
         "{{ eos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -422,10 +427,18 @@ def test_chat_template():
 # ---------------------------------------------------------------- reasoning-gym
 
 
-def test_reasoning_gym():
+def chain_sum(monkeypatch, train, test):
+    from common.worlds import reasoning_gym as world
+
+    monkeypatch.setattr(world, "N_TRAIN", train)
+    monkeypatch.setattr(world, "HELD_OUT", test)
+    return world.task("chain_sum")
+
+
+def test_reasoning_gym(monkeypatch):
     import reasoning_gym as gym
 
-    task = tasks.reasoning_gym("chain_sum", n_train=30, n_test=10)
+    task = chain_sum(monkeypatch, train=30, test=10)
     assert len(task.train) == 30 and len(task.test) == 10 and task.name == "reasoning_gym:chain_sum"
     assert not {e.prompt for e in task.train} & {e.prompt for e in task.test}
     entry = json.loads(task.test[0].answer)
@@ -442,9 +455,9 @@ def test_reasoning_gym():
         tasks.load("reasoning_gym:chain_sums")
 
 
-def test_reasoning_gym_is_imported_off_the_clock():
+def test_reasoning_gym_is_imported_off_the_clock(monkeypatch):
     """The library's import takes a second or more on a loaded machine; the deadline of a check must not pay for it."""
-    task = tasks.reasoning_gym("chain_sum", n_train=4, n_test=2)
+    task = chain_sum(monkeypatch, train=4, test=2)
     scorer = rewards.Scorer(task.check, timeout_s=0.25, workers=1)
     right = json.loads(task.test[0].answer)["answer"]
     assert scorer([f"\\boxed{{{right}}}"], [task.test[0].answer])[1] == [1.0] and scorer.timeouts == 0

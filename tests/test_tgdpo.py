@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from algos import dpo, tgdpo
-from common import games, models, preferences
+from common import pairs, tasks
+from common.worlds import tiny
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
+
+PLAIN = dict(args=dict(alpha=0.0))  # DPO
+FEW = ["--guide-steps", 2]
 
 CLOSE = dict(rtol=0, atol=1e-6)
 CARD = dict(beta=0.5, alpha=2.0)
@@ -111,8 +115,8 @@ def test_what_is_logged_knows_no_padding():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a few pairs of letters, and the arguments of a short run on them."""
-    folder, letters = tmp_path_factory.mktemp("tgdpo"), models.warm_start("letters")
-    rows, _, _ = games.pairs("letters")
+    folder, letters = tmp_path_factory.mktemp("tgdpo"), tiny.warm_start(tasks.load("letters"))
+    rows, _ = pairs._built_in(tasks.world("letters"))
     text = "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), row))) + "\n" for row in rows[:200])
     (folder / "pairs.jsonl").write_text(text)
     small = "--steps 4 --pairs-per-step 8 --eval-prompts 8 --max-new-tokens 12 --lr 1e-4".split()
@@ -133,7 +137,7 @@ def plain(place):
 
 
 def column(folder, name):
-    return preferences.Cache(folder / f"{name}.safetensors")
+    return pairs._Cache(folder / f"{name}.safetensors")
 
 
 def test_an_untrained_guide_is_the_reference_and_the_run_is_dpos(place, plain):
@@ -166,8 +170,8 @@ def test_a_guide_that_is_given(place, plain):
 
 
 def test_a_guide_with_other_tokens(place, tmp_path):
-    shutil.copytree(models.warm_start("letters"), tmp_path / "guide")
-    tokenizer = models.tiny_tokenizer()
+    shutil.copytree(tiny.warm_start(tasks.load("letters")), tmp_path / "guide")
+    tokenizer = tiny.characters()
     tokenizer.add_tokens(["<x>"])
     tokenizer.save_pretrained(tmp_path / "guide")
     argv = *place[1], "--guide", tmp_path / "guide", "--run-dir", tmp_path / "run"

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import models, rollout, tasks
+from common import engines as samplers
+from common import gpu, models, rollout, tasks
+from common.batch import read
+from common.worlds import tiny
 
 SMALL = "--steps 3 --prompts-per-step 16 --eval-prompts 64 --checkpoint-every 2 --engine vllm".split()
 
@@ -50,10 +53,10 @@ def four_heads(folder):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(**models.tiny_config().to_dict() | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
+    config = Qwen2Config(**tiny.config().to_dict() | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
     lm = Qwen2ForCausalLM(config)
-    models.tiny_tokenizer().save_pretrained(folder)
-    models.write_weights(lm, lm.state_dict(), folder)
+    tiny.characters().save_pretrained(folder)
+    gpu.write_weights(lm, lm.state_dict(), folder)
     flags = "--task letters --group-size 4 --minibatches 2 --max-new-tokens 60 --dtype float32 --optimizer adamw --lr 1e-3"
     return ["--model", str(folder), *flags.split(), "--gradient-checkpointing", "False", "--checkpoint-every", "0"]
 
@@ -66,8 +69,8 @@ def engines():
     tokenizer = models.load_tokenizer(args)
     policy = models.load(args, torch.device("cpu"))
     task = tasks.load("addition", tokenizer)
-    vllm = rollout.VLLM(policy, tokenizer, args, 64)
-    yield args, tokenizer, policy, task, vllm, rollout.HF(policy, tokenizer)
+    vllm = samplers.VLLM(policy, tokenizer, args, 64)
+    yield args, tokenizer, policy, task, vllm, samplers.HF(policy, tokenizer)
     vllm.close()
 
 
@@ -76,7 +79,7 @@ def sample(engines, temperature=0.7):
     args.temperature = temperature
     scorer = lambda texts, answers: ([None] * len(texts), [0.0] * len(texts))  # noqa: E731
     batch = rollout.collect(vllm, scorer, tokenizer, task.test[:16], args, 0)
-    batch.old_logp = rollout.logp_of(policy, batch, args)
+    batch.old_logp = read(policy, batch, args)[0]
     batch.adv = torch.zeros_like(batch.old_logp)
     return batch
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 import tyro
 
-from common import gpu, models, rollout
+from common import engines, gpu, models
 from tests.bench.worker import MOST, PROMPT, Work, make_model
 
 
@@ -41,17 +41,17 @@ def measure(size, options):
         args = SimpleNamespace(model=folder, dtype=options.dtype, lora_rank=0, gradient_checkpointing=False, vllm_tp=1,
                                vllm_memory=0.45)  # fmt: skip
         tokenizer, policy = models.load_tokenizer(args), models.load(args, gpu.device())
-    engines = dict(hf=rollout.HF(policy, tokenizer), vllm=rollout.VLLM(policy, tokenizer, args, PROMPT + MOST))
+    both = dict(hf=engines.HF(policy, tokenizer), vllm=engines.VLLM(policy, tokenizer, args, PROMPT + MOST))
     prefixes = [tokenizer(p)["input_ids"] for p in prompts[: options.prompts]]
-    found = {name: [] for name in engines}
+    found = {name: [] for name in both}
     for i in range(options.pairs + 1):
-        for name, engine in engines.items():
+        for name, engine in both.items():
             engine.wake()
             start = time.perf_counter()
             done = engine.generate(prefixes, 8, MOST, 1.0, list(range(i * len(prefixes), (i + 1) * len(prefixes))))
             found[name].append(sum(len(ids) for ids, _, _ in done) / (time.perf_counter() - start))
             engine.sleep()
-    engines["vllm"].close()
+    both["vllm"].close()
     return {name: rates[1:] for name, rates in found.items()}
 
 

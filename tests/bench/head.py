@@ -44,7 +44,7 @@ def plain(hidden, weight, targets):
 
 def measure(options):
     """-> seconds and peak bytes above the inputs' (gradients included in both) of one forward and backward pass."""
-    from common import models
+    from common.policy import HeadLogp
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     g = torch.Generator(device).manual_seed(0)
@@ -52,7 +52,7 @@ def measure(options):
     hidden = torch.randn(options.tokens, options.width, **settings).requires_grad_()
     weight = (torch.randn(options.vocabulary, options.width, **settings) / options.width**0.5).requires_grad_()
     targets = torch.randint(options.vocabulary, (options.tokens,), generator=g, device=device)
-    way = dict(plain=plain, chunked=models.HeadLogp.apply)[options.way]
+    way = dict(plain=plain, chunked=HeadLogp.apply)[options.way]
     logp, _ = way(hidden[:16], weight, targets[:16])  # warms up the libraries
     logp.sum().backward()
     hidden.grad = weight.grad = None

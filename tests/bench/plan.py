@@ -1,5 +1,5 @@
-"""What large models need, by arithmetic with named numbers: memory of a GPU by the plan of common/gpu.py, and the seconds of a
-step by what bounds each stage.
+"""What large models need, by arithmetic with named numbers: memory of a GPU by the plan of common/memory.py, and the seconds of
+a step by what bounds each stage.
 
 python -m tests.bench.plan
 """
@@ -8,7 +8,7 @@ import argparse
 import math
 from types import SimpleNamespace
 
-from common import gpu
+from common.memory import GIB, memory_plan
 
 # An H100 SXM and its node: NVIDIA's data sheet. The shares are assumptions: half of the peak in the update (the goal of this
 # repository; large FSDP runs report 40 to 50%), 60% of the memory's bandwidth in decoding, 80% of a link's.
@@ -30,17 +30,17 @@ def step(N, H, L, heads, kv_heads, V, gpus, tp):
     config = SimpleNamespace(hidden_size=H, num_hidden_layers=L, num_attention_heads=heads, num_key_value_heads=kv_heads,
                              vocab_size=V, head_dim=128)  # fmt: skip
     args = SimpleNamespace(
-        micro_batch_tokens=8192, dtype="bfloat16", lora_rank=0, optimizer="adamw_sr", gradient_checkpointing=True, beta=0.0,
+        micro_batch_tokens=8192, dtype="bfloat16", lora_rank=0, optimizer="adamw_sr", gradient_checkpointing=True,
         engine="vllm", vllm_memory=0.45, prompts_per_step=PROMPTS, group_size=GROUP,
     )  # fmt: skip
-    plan = gpu.memory_plan(config, args, N, PROMPT + LONGEST, capacity=MEMORY, ranks=gpus)
+    plan = memory_plan(config, args, N, PROMPT + LONGEST, capacity=MEMORY, ranks=gpus)
     rows = PROMPTS * GROUP * tp / gpus  # completions that one engine writes
     cache = 2 * L * kv_heads * 128 * 2 * (PROMPT + MEAN / 2)  # bytes of one completion's keys and values, on average
     room = args.vllm_memory * MEMORY * tp - 2 * N  # for the cache, in an engine
     waves = max(1, math.ceil(rows * cache / room))
     together = rows / waves
     token = (2 * N + together * cache) / (tp * HBM * DECODE)  # a decoding step reads the weights and the cache once
-    # The trainer reads a prompt once for those of its completions that are in the same minibatch (models.Packing).
+    # The trainer reads a prompt once for those of its completions that are in the same minibatch (policy.Packing).
     read = MINIBATCHES * (1 - (1 - 1 / MINIBATCHES) ** GROUP)
     tokens = PROMPTS * (GROUP * MEAN + read * PROMPT)
     seconds = dict(
@@ -63,12 +63,12 @@ def main():
     for name, (N, *shape, gpus, tp) in MODELS.items():
         plan, t, room = step(N, *shape, gpus, tp)
         parts = ("weights", "gradients", "optimizer", "activations", "logits chunk")
-        trainer = sum(plan[k] for k in parts) / gpu.GIB
-        states = (plan["weights"] + plan["optimizer"] + 0.45 * MEMORY) / gpu.GIB
+        trainer = sum(plan[k] for k in parts) / GIB
+        states = (plan["weights"] + plan["optimizer"] + 0.45 * MEMORY) / GIB
         update = max(t["update"], t["FSDP traffic (hidden)"])
         total = t["rollout"] + t["scoring"] + update + t["weight sync"]
         stages = f"{t['rollout']:.0f} s | {t['scoring']:.1f} s | {update:.0f} s | {t['weight sync']:.1f} s | {total:.0f} s"
-        engine = f"tp {tp}, cache {room / tp / gpu.GIB:.0f} GiB/GPU"
+        engine = f"tp {tp}, cache {room / tp / GIB:.0f} GiB/GPU"
         print(f"| {name} | {gpus} | {engine} | {trainer:.0f} | {states:.0f} | {stages} |")
 
 

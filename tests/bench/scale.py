@@ -39,7 +39,7 @@ def run(model, task, processes, options):
         command = [
             "taskset", "-c", ",".join(map(str, range(processes))),
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-            "algos/grpo.py", "--model", model, "--task", task, "--steps", "3",
+            "algos/grpo.py", "--model", model, "--task", task, "--prompt-template", "{prompt}", "--steps", "3",
             "--prompts-per-step", str(options.prompts * processes), "--group-size", "8", "--minibatches", "2", "--lr", "1e-6",
             "--max-new-tokens", str(MOST // 2), "--eval-every", "0", "--eval-prompts", "2", "--checkpoint-every", "0",
             "--dtype", "float32", "--optimizer", "adamw", "--gradient-checkpointing", "False", "--engine", "hf",

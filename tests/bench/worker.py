@@ -57,20 +57,13 @@ class Work:
 
 def make_model(work, folder):
     """A random Qwen2 with a tokenizer that fills its vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from common.models import CHARACTERS
+    from common.worlds import tiny
 
     width, layers, V = SIZES[work.size]
-    words = ["<pad>", "<eos>", "<unk>", *CHARACTERS]
-    words += [f"<{i}>" for i in range(len(words), V)]
-    core = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=1024
-    ).save_pretrained(folder)
+    filling = [f"<{i}>" for i in range(3 + len(tiny.CHARACTERS), V)]
+    tiny.characters([*tiny.CHARACTERS, *filling]).save_pretrained(folder)
     heads = width // (64 if width in (384, 768, 896) else 128 if width == 1536 else 32)
     inner, kv_heads = {896: (4864, 2), 1536: (8960, 2)}.get(width, (width * 8 // 3, heads))  # Qwen2.5's own
     config = Qwen2Config(
@@ -123,7 +116,7 @@ def ragged(lm, lengths, end=1):
 
 def ours(work, folder, prompts):
     from algos import grpo
-    from common import rollout, tasks
+    from common import engines, tasks
 
     examples = [tasks.Example(i, p, "") for i, p in enumerate(prompts)]
     split = len(prompts) - work.prompts
@@ -137,13 +130,13 @@ def ours(work, folder, prompts):
         return task
 
     tasks.load = load
-    generate, lengths = rollout.HF._generate, draw_lengths(work)
+    generate, lengths = engines.HF._generate, draw_lengths(work)
 
-    def uneven(self, prefixes, n, *args):
-        with ragged(self.lm, next(lengths) if n == work.group else [LEAST] * len(prefixes)):  # an evaluation is short
-            return generate(self, prefixes, n, *args)
+    def uneven(self, lm, prefixes, n, *args):
+        with ragged(lm, next(lengths) if n == work.group else [LEAST] * len(prefixes)):  # an evaluation is short
+            return generate(self, lm, prefixes, n, *args)
 
-    rollout.HF._generate = uneven
+    engines.HF._generate = uneven
     run = Path(folder) / "run"
     grpo.train(tyro.cli(grpo.Args, args=[
         "--model", folder, "--task", "bench", "--steps", str(work.rollouts), "--prompts-per-step", str(work.prompts),
@@ -249,17 +242,17 @@ def profiler(work):
     """Records the passes of the trainer, not the sampling."""
     if not work.profile:
         return contextlib.nullcontext()
-    from common import rollout
+    from common import batch
 
     profile = torch.profiler.profile(activities=torch.profiler.supported_activities(), acc_events=True)
-    minibatches = rollout.minibatches
+    minibatches = batch.minibatches
 
     def recorded(*args):
         profile.start()
         yield from minibatches(*args)
         profile.stop()
 
-    rollout.minibatches = recorded
+    batch.minibatches = recorded
     return contextlib.nullcontext(profile)
 
 

@@ -1,6 +1,7 @@
-"""The gate plot: how strongly each method pushes a token whose ratio has moved away from 1, by autograd from its own surrogate.
+"""The gate plot: how strongly each method pushes a token whose ratio has moved away from 1, by autograd from
+its own surrogate.
 
-python -m common.gates              runs/reference/gates.{png,json}
+python -m runs.gates              runs/reference/gates.{png,json}
 """
 
 import importlib
@@ -11,24 +12,29 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import ROOT
+
 T, PLACE = 8, 3  # tokens of a completion, and which of them deviates
 RATIOS = torch.logspace(-1, 1, 201, base=2.0)  # 0.5 to 2
 
 
 def gate(script, sign, probability=0.3):
-    """-> weight of the deviating token [R] and of the tokens after it [R], for R ratios: d(mean surrogate)/d(logp) over its
-    value where all tokens are on policy. `sign`: of the advantage; `probability`: pi_old of every token."""
+    """-> weight of the deviating token [R] and of the tokens after it [R], for R ratios: the gradient of the
+    surrogate with respect to logp, over its value where all tokens are on policy. `sign`: of the advantage;
+    `probability`: pi_old of every token."""
     args = script.Args(max_new_tokens=T, group_size=2)
     old_logp = torch.full((len(RATIOS), T), probability, dtype=torch.float64).log()
-    mask, adv = torch.ones_like(old_logp, dtype=torch.bool), torch.full_like(old_logp, float(sign))
+    mask = torch.ones_like(old_logp, dtype=torch.bool)
+    adv = torch.full_like(old_logp, float(sign))
     gradients = []
     for shift in (torch.zeros_like(RATIOS), RATIOS.log()):
         logp = old_logp.clone()
         logp[:, PLACE] += shift
         logp.requires_grad_()
-        values = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, args=args, entropy=torch.ones_like(old_logp))
-        objective, _ = script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+        values = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, args=args)
+        values["entropy"] = torch.ones_like(old_logp)
+        wanted = inspect.signature(script.surrogate).parameters
+        objective, _ = script.surrogate(**{k: values[k] for k in wanted})
         objective.sum().backward()
         gradients.append(logp.grad)
     weights = gradients[1] / gradients[0]
@@ -36,15 +42,15 @@ def gate(script, sign, probability=0.3):
 
 
 def draw(gates, path):
+    """One panel per script. `gates` {title: {"+1" or "-1": what gate() gives}}."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     columns = 4
-    figure, axes = plt.subplots(
-        -(-len(gates) // columns), columns, figsize=(13, 2.7 * -(-len(gates) // columns)), sharex=True, sharey=True
-    )
+    rows = -(-len(gates) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(13, 2.7 * rows), sharex=True, sharey=True)
     for axis, (name, curves) in zip(axes.flat, gates.items()):
         for sign, colour in ((1, "tab:blue"), (-1, "tab:red")):
             own, others = curves[f"{sign:+d}"]
@@ -67,23 +73,31 @@ def draw(gates, path):
     plt.close(figure)
 
 
+def rounds(values):
+    """To the digits that are kept."""
+    return [round(v, 5) for v in values]
+
+
 def main(out=ROOT / "runs" / "reference" / "gates"):
-    sys.path.insert(0, str(ROOT))
-    texts = {p.stem: p.read_text() for p in (ROOT / "algos").glob("*.py")}  # what builds on PPO has PPO's surrogate
-    names = sorted(n for n, text in texts.items() if "\ndef surrogate(" in text and "Differs from ppo.py" not in text)
+    """Draws and writes the gates of every surrogate; what builds on PPO has PPO's."""
+    texts = {p.stem: p.read_text() for p in (ROOT / "algos").glob("*.py")}
+    names = [n for n, text in texts.items() if "\ndef surrogate(" in text]
+    names = [n for n in names if "Differs from ppo.py" not in texts[n]]
     gates = {}
     for name in sorted(names, key=lambda n: (n != "grpo", n)):
         script = importlib.import_module(f"algos.{name}")
         variants = {name: 0.3}
-        if "old_logp" in inspect.signature(getattr(script, "bounds", lambda: 0)).parameters:  # the interval depends on pi_old
+        # Where the interval depends on pi_old, one panel does not tell it.
+        if "old_logp" in inspect.signature(getattr(script, "bounds", lambda: 0)).parameters:
             variants = {f"{name}, pi_old = {q}": q for q in (0.9, 0.3, 0.05)}
         for title, q in variants.items():
             gates[title] = {f"{sign:+d}": [w.tolist() for w in gate(script, sign, q)] for sign in (1, -1)}
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(gates, out.with_suffix(".png"))
-    rounded = {n: {s: [[round(v, 5) for v in w] for w in ws] for s, ws in g.items()} for n, g in gates.items()}
-    out.with_suffix(".json").write_text(json.dumps(dict(ratios=[round(r, 5) for r in RATIOS.tolist()], gates=rounded)) + "\n")
+    rounded = {n: {s: [rounds(w) for w in ws] for s, ws in g.items()} for n, g in gates.items()}
+    record = dict(ratios=rounds(RATIOS.tolist()), gates=rounded)
+    out.with_suffix(".json").write_text(json.dumps(record) + "\n")
     print(f"wrote {out.with_suffix('.png')} and {out.with_suffix('.json')}: {', '.join(gates)}")
 
 

@@ -1,0 +1,127 @@
+"""Checkpoints: a folder that transformers loads, and state.pt; written whole or not at all, resumed bit for bit."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import torch
+from torch.distributed.checkpoint import state_dict as dcp
+
+from common import UserError, gpu, reason, whole_folder
+from common.batch import Batch
+
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all ranks, on rank 0
+
+
+def save(run, policy, optimizer):
+    """Writes <run folder>/checkpoints/step-N and keeps the last two. A Policy becomes a model folder (LoRA merged); the rest
+    (adapters, another module's weights, run.state, queue and extra, the optimizers) lies in state.pt. A collective."""
+    folder = run.dir / "checkpoints" / f"step-{run.state['step']:06d}"
+    lm = getattr(policy, "lm", None)
+    full = gpu.full_weights(policy) if lm else ()
+    weights = {name: weight.cpu().contiguous() for name, weight in full if run.main}  # all ranks take part, one keeps
+    saved = dict(state=run.state, queue=gpu.gather_objects(run.queue))
+    saved["own"] = {k: gpu.whole(v).cpu() for k, v in policy.state_dict().items() if not lm or ".lora_" in k}
+    saved["optimizer"] = dcp.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    for name, pair in run.extra.items():
+        saved[name] = dcp.get_state_dict(*pair, options=WHOLE)
+    if not run.main or folder.exists():
+        return
+    with whole_folder(folder, "the checkpoint") as scratch:
+        if lm:
+            gpu.write_weights(lm, weights, scratch)
+            run.tokenizer.save_pretrained(scratch)
+        torch.save(saved, scratch / "state.pt")
+        sums = {p.name: _digest(p) for p in sorted(scratch.iterdir())}
+        (scratch / "manifest.json").write_text(json.dumps(dict(model=_key(policy), files=sums)))
+    for old in _all(run.dir)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find(run):
+    """The newest whole checkpoint of a run that is resumed -> (folder, manifest, what save() wrote), or None where there is
+    none yet. Raises UserError where all are damaged."""
+    folders = _all(run.dir)
+    for folder in reversed(folders):
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            for name, digest in manifest["files"].items():
+                if _digest(folder / name) != digest:
+                    raise ValueError(f"{name} is not what was written")
+            return folder, manifest, torch.load(folder / "state.pt", weights_only=False, map_location="cpu")
+        except Exception as error:
+            if run.main:
+                print(f"checkpoint {folder} is damaged ({reason(error)}); using the one before it", flush=True)
+    if folders:
+        raise UserError(f"--resume {run.dir}: no whole checkpoint is left")
+    if run.main:
+        print(f"{run.dir} has no checkpoint yet: starting from the first step", flush=True)
+    return None
+
+
+def restore(run, found, policy, optimizer):
+    """What find() gave into the policy, the optimizer and the run; with another number of processes the rollouts that wait
+    in the queue are shared out anew."""
+    from safetensors.torch import load_file
+
+    folder, manifest, saved = found
+    if manifest["model"] != _key(policy):
+        raise UserError(f"--resume {run.dir}: the checkpoint is of another model ({manifest['model']})")
+    # A tied head is in neither, since it is the embeddings; beside adapters the weights are those of the start.
+    weights = saved["own"] or {f"lm.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
+    dcp.set_model_state_dict(policy, weights, options=WHOLE)
+    dcp.set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
+    for name, pair in run.extra.items():
+        weights, states = saved[name]
+        dcp.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=states, options=WHOLE)
+    if len(saved["queue"]) == gpu.world():
+        run.queue = saved["queue"][gpu.rank()]
+    elif saved["queue"][0]:
+        joined = [Batch.join(parts) for parts in zip(*saved["queue"])]
+        run.queue = [b.groups(gpu.local(torch.arange(len(b.ids) // b.group))) for b in joined]
+    if run.main:
+        folders = _all(run.dir)
+        for damaged in folders[folders.index(folder) + 1 :]:  # its step is run and saved again
+            shutil.rmtree(damaged, ignore_errors=True)
+        print(f"resumed from {folder}", flush=True)
+
+
+def rows(path):
+    """The rows of a .jsonl file, without a line that was cut short; none where there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def rewind(folder, step):
+    """Drops what was logged after the checkpoint of this step, since it is run again."""
+    for name in ("metrics", "samples", "evals"):
+        path, scratch = folder / f"{name}.jsonl", folder / f"{name}.tmp"
+        kept = [json.dumps(row) + "\n" for row in rows(path) if row["step"] <= step]
+        scratch.write_text("".join(kept), encoding="utf-8")
+        os.replace(scratch, path)
+
+
+def _key(module):
+    """What two models must share for a checkpoint of one to fit the other."""
+    if not hasattr(module, "lm"):
+        kind = type(module).__name__.removeprefix("FSDP")  # which fully_shard puts there
+        return f"{kind}, {sum(p.numel() for p in module.parameters()):,} parameters"
+    config = module.lm.config
+    return f"{config.model_type} {config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}"
+
+
+def _all(folder):
+    """The checkpoints in a run folder, oldest first."""
+    found = [p for p in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def _digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

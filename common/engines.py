@@ -1,0 +1,245 @@
+"""Engines take token ids and return token ids: transformers, stepped by hand, and vLLM."""
+
+import contextlib
+import copy
+import importlib.util
+import os
+import tempfile
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from common import UserError, gpu
+from common.models import end_tokens
+from common.policy import recorded
+
+
+def make_engine(policy, tokenizer, args, context, hf_only=""):
+    """The engine of args.engine: hf, vllm, or auto (vLLM where it is installed and there is a GPU). `hf_only`: what a script
+    needs that vLLM cannot give, in words; then auto is hf, and vllm is refused."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if args.engine == "vllm" and hf_only:
+        raise UserError(f"--engine vllm: this script needs {hf_only}, which vLLM cannot give; use --engine hf")
+    if args.engine == "vllm" and not installed:
+        raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
+    if args.engine == "vllm" or args.engine == "auto" and installed and torch.cuda.is_available() and not hf_only:
+        return VLLM(policy, tokenizer, args, context)
+    return HF(policy, tokenizer)
+
+
+def draw(logits, uniform, temperature):
+    """logits [b, V], uniform [b] float64 in [0, 1) -> (token ids [b], their log-probs [b] in float32). The token is where the
+    cumulative distribution passes the uniform number, so that it depends on that alone; temperature 0: the likeliest."""
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    tokens = logp.argmax(-1, keepdim=True)
+    if temperature:
+        cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[1] - 1)
+    return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1)
+
+
+class Decoder:
+    """A causal language model that is stepped: prefixes are read at once, n rows each, then every feed() is one more position.
+
+    logits [b, V]: of the next token, of the rows that are there; rows [b]: their numbers (prefix i has n i to n i + n - 1);
+    states {layer: [b, H]}: hidden states at the last position read, of the `layers` asked for (see policy.recorded)."""
+
+    def __init__(self, lm, prefixes, n=1, pad=0, layers=()):
+        width, self.lm, self.device, self.layers = max(map(len, prefixes)), lm, lm.device, layers
+        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prefixes], device=self.device)
+        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=self.device)
+        self.attention, self.cache = attention, DynamicCache(config=lm.config)
+        self._read(input_ids=ids)
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+        self.attention, self.logits = attention.repeat_interleave(n, 0), self.logits.repeat_interleave(n, 0)
+        self.states = {layer: x.repeat_interleave(n, 0) for layer, x in self.states.items()}
+        self.rows = torch.arange(len(self.logits), device=self.device)
+
+    def _read(self, every=False, **ids):
+        """ids or embeddings [b, k, ...], behind what was read -> logits of the last position, or of every one."""
+        k = next(iter(ids.values())).shape[1]
+        positions = (self.attention.cumsum(1) - 1).clamp(min=0)[:, -k:]
+        with recorded(self.lm, self.layers) as states:
+            logits = self.lm(
+                **ids, attention_mask=self.attention, position_ids=positions, past_key_values=self.cache, use_cache=True,
+                logits_to_keep=k if every else 1,
+            ).logits  # fmt: skip
+        self.logits, self.states = logits[:, -1], {layer: x[:, -1] for layer, x in states.items()}
+        return logits
+
+    def feed(self, x, every=False):
+        """x: token ids [b] or [b, k], or embeddings [b, H] or [b, k, H], in the order of `rows`; every=True -> logits
+        [b, k, V] behind each of the k positions, where several are fed at once."""
+        kind = "inputs_embeds" if x.is_floating_point() else "input_ids"
+        x = x[:, None] if x.dim() == (2 if x.is_floating_point() else 1) else x
+        self.attention = torch.nn.functional.pad(self.attention, (0, x.shape[1]), value=1)
+        logits = self._read(every, **{kind: x})
+        return logits if every else None
+
+    def keep(self, index):
+        """Goes on with the rows at these places [b'], in this order; a place may come more than once."""
+        self.cache.batch_select_indices(index)
+        self.rows, self.attention, self.logits = self.rows[index], self.attention[index], self.logits[index]
+        self.states = {layer: x[index] for layer, x in self.states.items()}
+
+    def crop(self, k):
+        """Forgets the last k positions of every row; `logits` are stale until the next feed()."""
+        if k:
+            self.cache.crop(-k)
+            self.attention = self.attention[:, :-k]
+
+
+class HF:
+    """transformers, by the Decoder: a prompt is read once for its n completions, and a completion that has ended leaves the
+    batch. Uses the policy's own weights; a sharded policy gets a full copy, synced after updates."""
+
+    name = "hf"
+
+    def __init__(self, policy, tokenizer, rows=1024):
+        self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
+        self.device, self.end = gpu.device(), end_tokens(policy.lm, tokenizer)
+        self.lm = policy.lm
+        if gpu.world() > 1:
+            config, dtype = copy.deepcopy(policy.lm.config), next(policy.parameters()).dtype
+            self.lm = AutoModelForCausalLM.from_config(config, dtype=dtype).to(self.device)
+            self.sync()
+
+    def sync(self):
+        """The policy's weights into the copy, where there is one."""
+        own = dict(self.lm.named_parameters())
+        for name, weight in gpu.full_weights(self.policy) if self.lm is not self.policy.lm else ():
+            if name in own:
+                own[name].data.copy_(weight)
+
+    def sleep(self):
+        """Nothing, like wake and close: the weights are the trainer's own."""
+
+    wake = close = sleep
+
+    @torch.no_grad()
+    def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
+        """-> for every prefix its n completions, each (token ids with the EOS, their log-probs, ended by EOS). A prefix is any
+        list of token ids, the beginning of a completion included; max_new_tokens is a number, or a list of one per prefix."""
+        out, per_call = [], max(1, self.rows // n)
+        budgets = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prefixes)
+        with self.whole() as lm:
+            for first in range(0, len(prefixes), per_call):
+                some = slice(first, first + per_call)
+                out += self._generate(lm, prefixes[some], n, budgets[some], temperature, seeds[some])
+        return out
+
+    @contextlib.contextmanager
+    def whole(self):
+        """The whole model, set up for decoding: for a script that steps a Decoder itself. On a CPU its large float32 linear
+        layers work on copies of their weights in oneDNN's own layout: torch's plain product is slow for few rows."""
+        training, large = self.lm.training, [m for m in self.lm.modules() if type(m) is torch.nn.Linear]
+        large = [m for m in large if m.weight.numel() >= 2**17 and m.weight.dtype == torch.float32]
+        for m in large if self.device.type == "cpu" and torch.backends.mkldnn.is_available() else ():
+            weight = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach())
+            m.forward = lambda x, w=weight, b=m.bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+        self.lm.eval()
+        try:
+            yield self.lm
+        finally:
+            self.lm.train(training)
+            for m in large:
+                vars(m).pop("forward", None)
+
+    def _generate(self, lm, prefixes, n, budgets, temperature, seeds):
+        T, B, pad = max(budgets), n * len(prefixes), self.tokenizer.pad_token_id
+        uniform = torch.zeros(B, T, dtype=torch.float64)
+        for i, (seed, most) in enumerate(zip(seeds, budgets)):  # the CPU's numbers, so that every device draws the same
+            stream = torch.Generator().manual_seed(seed)
+            uniform[n * i : n * i + n, :most] = torch.rand(n, most, dtype=torch.float64, generator=stream)
+        uniform, end = uniform.to(self.device), torch.tensor(self.end, device=self.device)
+        limit = torch.tensor(budgets, device=self.device).repeat_interleave(n)
+        tokens, logp = torch.full((B, T), pad, device=self.device), torch.zeros(B, T, device=self.device)
+        lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad)
+        going = (limit > 0).nonzero().squeeze(-1)
+        while len(going):
+            if len(going) < len(decoder.rows):
+                decoder.keep(going)
+            rows, t = decoder.rows, lengths[decoder.rows]
+            if t[0]:
+                decoder.feed(tokens[rows, t - 1])
+            tokens[rows, t], logp[rows, t] = draw(decoder.logits, uniform[rows, t], temperature)
+            lengths[rows] = t + 1
+            going = (~torch.isin(tokens[rows, t], end) & (t + 1 < limit[rows])).nonzero().squeeze(-1)
+        rows = zip(tokens.tolist(), logp.tolist(), lengths.tolist())
+        return [(y[:k], p[:k], k > 0 and y[k - 1] in self.end) for y, p, k in rows]
+
+
+class VLLM:
+    """vLLM 0.32 in this process: one engine per rank on the rank's own device, or one per args.vllm_tp neighbouring ranks that
+    share out its weights; these are replaced in place after every update. On a GPU it sleeps while the trainer updates."""
+
+    name = "vllm"
+
+    def __init__(self, policy, tokenizer, args, context):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        import vllm
+
+        if not vllm.__version__.startswith("0.32."):
+            print(f"note: vLLM {vllm.__version__} is not the tested 0.32; if it misbehaves: --engine hf", flush=True)
+        self.policy, self.device, self.end = policy, gpu.device(), end_tokens(policy.lm, tokenizer)
+        self.cuda, self.asleep, self.tp = self.device.type == "cuda", set(), args.vllm_tp
+        if gpu.world() % self.tp:
+            raise UserError(f"--vllm-tp {self.tp}: {gpu.world()} processes cannot be shared out in groups of {self.tp}")
+        with tempfile.TemporaryDirectory() as folder:  # shapes only: the weights come by sync()
+            policy.lm.config.save_pretrained(folder)
+            self.llm = vllm.LLM(
+                model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=args.dtype,
+                max_model_len=context, tensor_parallel_size=self.tp, logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True, distributed_executor_backend="external_launcher" if gpu.world() > 1 else "uni",
+                gpu_memory_utilization=args.vllm_memory, enforce_eager=not self.cuda, enable_sleep_mode=self.cuda,
+                max_num_batched_tokens=max(8192, context), seed=0, disable_log_stats=True,
+            )  # fmt: skip
+        self.sync()
+
+    def sync(self):
+        """The policy's weights into the engine, which may be asleep. That they arrived shows in sampler_gap: summary()."""
+        self.wake(["weights"])
+        weights = ((name, weight.to(self.device)) for name, weight in gpu.full_weights(self.policy))
+        self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+        self.llm.reset_prefix_cache()
+
+    def sleep(self):
+        """Gives the GPU's memory to the trainer; the weights wait in the CPU's."""
+        if self.cuda and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = {"weights", "kv_cache"}
+
+    def wake(self, parts=("weights", "kv_cache")):
+        """Takes back what sleep() gave away."""
+        if parts := [p for p in parts if p in self.asleep]:
+            self.llm.wake_up(tags=parts)
+            self.asleep -= set(parts)
+
+    def close(self):
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
+        """As HF.generate. top-p and top-k stay off: a cut distribution is not the one that the trainer's log-probs are of.
+        The ranks of a group hand all their prompts to the engine that they share, in the same order, and keep their own."""
+        from vllm import SamplingParams
+
+        mine = slice(0, len(prefixes))
+        budgets = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prefixes)
+        if self.tp > 1:
+            first = gpu.rank() // self.tp * self.tp
+            group = gpu.gather_objects((prefixes, seeds, budgets))[first : first + self.tp]
+            before = sum(len(p) for p, *_ in group[: gpu.rank() - first])
+            mine = slice(before, before + len(prefixes))
+            prefixes, seeds, budgets = ([x for part in group for x in part[i]] for i in range(3))
+        params = [
+            SamplingParams(
+                n=n, temperature=temperature, max_tokens=most, logprobs=0, seed=s % 2**31, stop_token_ids=self.end,
+                detokenize=False,
+            ) for s, most in zip(seeds, budgets)
+        ]  # fmt: skip
+        done = self.llm.generate([{"prompt_token_ids": p} for p in prefixes], params, use_tqdm=False)
+        out = [(list(c.token_ids), c.logprobs) for request in done[mine] for c in request.outputs]
+        return [(y, [law[token].logprob for token, law in zip(y, laws)], y[-1] in self.end) for y, laws in out]

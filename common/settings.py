@@ -1,0 +1,122 @@
+"""Settings: what a flag that was left open becomes, what a flag may be, and what a resumed run keeps."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from common import UserError, gpu, models, tasks
+from common.worlds import tiny
+
+# What a field of Args that was left at None becomes. TINY is the embedded default; the others are chosen by the number of
+# parameters (in billions, up to and including). Rates: 1e-6 is the field's value for full fine-tuning of 1.5B to 32B (arXiv
+# 2503.14476, 2507.18071, 2503.20783). A script's own tiny_preset and real_preset come on top.
+TINY = dict(task="addition", steps=40, prompts_per_step=32, group_size=8, minibatches=8, lr=1e-4, max_new_tokens=28,
+            eval_every=0, checkpoint_every=20, dtype="float32", optimizer="adamw", gradient_checkpointing=False,
+            micro_batch_tokens=16384)  # fmt: skip
+REAL = dict(task="gsm8k", steps=200, prompts_per_step=128, group_size=8, minibatches=4, lr=1e-6, max_new_tokens=1024,
+            eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
+            micro_batch_tokens=32768)  # fmt: skip
+PRESETS = {
+    1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False),
+    4.0: REAL,
+    9.0: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=16384),
+    1e9: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=8192),
+}
+# On top of these, for scripts that have the field: those that learn from pairs. 5e-7: repository of arXiv 2305.18290.
+KINDS = dict(pairs_per_step=(
+    dict(data="letters", steps=150, pairs_per_step=48, lr=1e-4, max_new_tokens=12, checkpoint_every=50),
+    dict(data="trl-lib/ultrafeedback_binarized", steps=900, pairs_per_step=64, lr=5e-7, checkpoint_every=300, eval_every=300)
+))  # fmt: skip
+# A number is finite and at least 0, unless these or Args.limits say otherwise: "0 < x <= 1", a reason after a colon.
+COUNTS = """prompts_per_step pairs_per_step group_size minibatches epochs max_new_tokens micro_batch_tokens eval_prompts
+            vllm_tp""".split()
+LIMITS = dict.fromkeys(COUNTS, "1 <= x") | dict(vllm_memory="0 < x <= 1")
+LIMITS["temperature"] = "0 < x: a greedy policy has nothing to learn from"
+MAY_CHANGE = "resume run_dir steps eval_every checkpoint_every engine vllm_memory vllm_tp micro_batch_tokens".split()
+
+
+def prepare(script, args, warm=None):
+    """-> (args with every field filled in, the model's config or None, the device). Joins the process group, prints what
+    will run. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
+    if args.resume:
+        args = inherit(Path(script).stem, args)
+    args, config = resolve(args, warm)
+    device = gpu.init(args)
+    if gpu.rank() == 0:
+        print(f"{Path(script).stem}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), flush=True)
+    return args, config, device
+
+
+def resolve(args, warm=None):
+    """Fills every field of `args` left at None from the preset of its model, and checks all of them against their limits.
+    Returns (args, the model's transformers config; None for a script without the field model)."""
+    fields, config, size = vars(args), None, 0
+    small = "model" not in fields or models.locate(args.model) in tiny.SHAPES
+    if not small:
+        config, size = models.architecture(args)
+    preset = TINY if small else next(p for limit, p in PRESETS.items() if size / 1e9 <= limit)
+    for field, kind in KINDS.items():
+        preset = preset | (kind[not small] if field in fields else {})
+    if preset["optimizer"] == "adamw_8bit" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        preset = preset | dict(optimizer="adamw_sr")  # sharded states need no 8 bits, and torchao's cannot be sharded
+    own = getattr(args, "tiny_preset" if small else "real_preset", {})
+    source = "task" if "task" in fields else "data"
+    world = warm or tasks.world(fields.get(source) or (preset | own).get(source)) if small else None
+    length = dict(max_new_tokens=world.max_new_tokens) if world and world.max_new_tokens else {}
+    for field, value in (preset | length | own).items():
+        if field in fields and fields[field] is None:
+            setattr(args, field, value)
+    if small and "model" in fields:
+        config, _ = models.architecture(args, warm)
+    _check(args)
+    return args, config
+
+
+def _check(args):
+    hints, limits = get_type_hints(type(args)), LIMITS | getattr(args, "limits", {})
+    for field, value in vars(args).items():
+        flag, hint = "--" + field.replace("_", "-"), hints.get(field)
+        words = [w for h in (hint, *get_args(hint)) if get_origin(h) is Literal for w in get_args(h)]
+        if words and value not in words:
+            raise UserError(f"{flag} must be one of {', '.join(map(str, words))}; it is {value!r}")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            limit, colon, why = limits.get(field, "0 <= x").partition(": ")
+            low, above, below, high = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", limit).groups()
+            fits = math.isfinite(value)
+            fits &= low is None or value > float(low) or above == "<=" and value == float(low)
+            fits &= high is None or value < float(high) or below == "<=" and value == float(high)
+            if not fits:
+                words = [f"{'above' if above == '<' else 'at least'} {low}"] if low else []
+                words += [f"{'below' if below == '<' else 'at most'} {high}"] if high else []
+                raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {value}{colon}{why}")
+    if getattr(args, "dtype", None) == "bfloat16" and getattr(args, "optimizer", None) == "adamw":
+        lost = "nearly every update of bfloat16 weights away (a step of 1e-6 is far below a weight's last bit)"
+        better = "adamw_sr (stochastic rounding), adamw_8bit, or --dtype float32"
+        raise UserError(f"--optimizer adamw would round {lost}; use {better}")
+
+
+def inherit(script, args):
+    """A resumed run keeps its settings: fields left at their defaults come from its config.json; one that is given and
+    differs is refused, unless it is in MAY_CHANGE."""
+    folder = Path(args.resume)
+    resumed = [p for p in folder.glob("config-resumed-*.json") if re.fullmatch(r"config-resumed-\d+", p.stem)]
+    path = max(resumed, key=lambda p: int(p.stem.rpartition("-")[2]), default=folder / "config.json")
+    try:
+        before = json.loads(path.read_text())
+        of, kept = before["script"], before["args"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"--resume {args.resume}: no run there ({path} cannot be read)") from None
+    if of != script:
+        raise UserError(f"--resume {args.resume}: that is a run of {of}.py, not of {script}.py")
+    for f in dataclasses.fields(args):
+        given, old = getattr(args, f.name), kept.get(f.name, f.default)
+        if given == f.default and f.name not in ("resume", "run_dir"):
+            setattr(args, f.name, old)
+        elif given != old and f.name not in MAY_CHANGE:
+            change = f"--{f.name.replace('_', '-')} is {old} there, not {given}"
+            raise UserError(f"--resume {args.resume}: {change}; a resumed run keeps its settings")
+    return args

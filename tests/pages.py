@@ -1,0 +1,162 @@
+"""The pages that python -m tests.sync writes: algos/README.md and the table of families in README.md."""
+
+import json
+import re
+import statistics
+from dataclasses import dataclass, field
+
+from tests.parts import measuring_lines, note
+
+MEASURES = ("greedy accuracy after", "greedy score after", "win_rate")  # of a verdict: the first there is
+MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
+PRESET = dict(task="addition", data="letters")  # the tiny model's, where a script has none of its own
+HEAD = """*Written by `python -m tests.sync`, never by hand, from the scripts and runs/reference.*
+
+# The scripts
+
+A script stands below its base and differs from it in what is named, and in nothing else. Lines are those
+added and removed, without docstring, own flags, what is word for word in a third script, and functions that
+only measure (counted apart); `python -m tests.sync sapo` prints them. *Better* and *worse*: the spans over the seeds do not overlap and the
+means differ by 0.03 or more, in the greedy accuracy or score after training, for pairs in the win rate
+against the start. All else is *equal*.
+"""
+
+
+@dataclass
+class Lesson:
+    """What the pages say of a script."""
+
+    name: str
+    text: str
+    family: str
+    base: str | None = None
+    parts: list = field(default_factory=list)  # in which it differs from its base
+    copies: dict = field(default_factory=dict)  # {part: the third script where it stands word for word}
+    lines: int = 0
+
+
+def idea(said):
+    """The first sentence of the Idea in a docstring."""
+    match = re.search(r"^Idea: (.+?[.?!])(?=\s+[A-Z(]|\n\n|$)", said, re.M | re.S)
+    sentence = " ".join(match[1].split()) if match else ""
+    return sentence[:1].upper() + re.sub(r"([*<])", r"\\\1", sentence[1:])
+
+
+def records(folder):
+    """[(command, {item: {measure: numbers}})] of the results that runs.compare has written into a folder."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = [r for r in found if isinstance(r, dict) and isinstance(r.get("summary"), dict)]
+    return [(r.get("command") or "", r["summary"]) for r in found]
+
+
+def setting(command, text):
+    """A recorded command -> (the data of its items without @, its other flags that touch the training)."""
+    flags, name = {}, ""
+    for word in command.partition(" -- ")[2].replace("=", " ").split():
+        if word.startswith("--"):
+            name = word[2:]
+            flags[name] = []
+        else:
+            flags[name].append(word)
+    kind = "data" if re.search(r"^    data: ", text, re.M) else "task"
+    default = re.search(rf"^    {kind}: .*= \"(\w+)\"$", text, re.M)
+    default = default or re.search(rf"^    tiny_preset = dict\([^)]*?\b{kind}=\"(\w+)\"", text, re.M)
+    data = " ".join(flags.pop(kind, [])) or (default[1] if default else PRESET[kind])
+    others = [f"--{name} {' '.join(values)}".strip() for name, values in flags.items() if name[:4] != "eval"]
+    return data, " ".join(others)
+
+
+def verdict(lesson, base_text, found):
+    """better, worse or equal on which data, by what records() has found. Both sides stand in the same record
+    and ran on the same data, without flags of their own."""
+    words = {"better": [], "worse": [], "equal": []}
+    for command, summary in found:
+        sides = []
+        for script, text in ((lesson.name, lesson.text), (lesson.base, base_text)):
+            data, others = setting(command, text)
+            after = f" with {others}" if others else ""
+            items = [i for i in summary if re.fullmatch(rf"{script}(@[^,]*)?", i)]
+            sides.append({(i.partition("@")[2] or data) + after: summary[i] for i in items})
+        for data in [d for d in sides[0] if d in sides[1]]:
+            mine, theirs = sides[0][data], sides[1][data]
+            for measure in [m for m in MEASURES if m in mine and m in theirs][:1]:
+                words[compare(mine[measure], theirs[measure])].append(data)
+    said = [f"{word} on {' and '.join(dict.fromkeys(data))}" for word, data in words.items() if data]
+    return ", ".join(said) or "not compared"
+
+
+def compare(mine, theirs):
+    """Two measures, each {mean, min, max} over seeds -> better, worse or equal."""
+    if abs(mine["mean"] - theirs["mean"]) < MARGIN - 1e-9:
+        return "equal"
+    if mine["min"] > theirs["max"]:
+        return "better"
+    return "worse" if mine["max"] < theirs["min"] else "equal"
+
+
+def index(lessons, found):
+    """algos/README.md. `lessons`: {name: Lesson}; `found`: what records() gives."""
+    out = [HEAD]
+
+    def entry(lesson, depth):
+        says = f"{'  ' * depth}- [{lesson.name}]({lesson.name}.py): {idea(note(lesson.text))}"
+        if lesson.base:
+            names = [f"`{part}`" for part in lesson.parts]
+            names += [f"`{part}` as in [{other}]({other}.py)" for part, other in lesson.copies.items()]
+            result = verdict(lesson, lessons[lesson.base].text, found)
+            looks = measuring_lines(lesson.text)
+            looks = f" and {looks} that measure" if looks else ""
+            says += f" Changes {', '.join(names)}; {lesson.lines} lines{looks}; {result}."
+        out.append(says)
+        for child in below(lesson.name, lesson.family):
+            entry(child, depth + 1)
+
+    def below(base, family):
+        children = [x for x in lessons.values() if (x.base, x.family) == (base, family)]
+        return sorted(children, key=lambda x: x.name)
+
+    for family in families(lessons):
+        out.append(f"## {family}\n")
+        for root in below(None, family):
+            entry(root, 0)
+        for base in [b for b in bases(lessons, family) if lessons[b].family != family]:
+            out.append(f"- from [{base}]({base}.py):")
+            for child in below(base, family):
+                entry(child, 1)
+        out.append("")
+    return "\n".join(out)
+
+
+def families(lessons):
+    """Names of the families, the largest first."""
+    names = [x.family for x in lessons.values()]
+    return sorted(set(names), key=lambda n: (-names.count(n), n))
+
+
+def bases(lessons, family):
+    """Scripts that those of a family differ from, the most frequent first."""
+    names = [x.base for x in lessons.values() if x.family == family and x.base]
+    return sorted(set(names), key=lambda n: (-names.count(n), n))
+
+
+def table(lessons):
+    """README's table of families."""
+
+    def links(names):
+        return ", ".join(f"[{n}](algos/{n}.py)" for n in names)
+
+    rows = ["| family | base | methods | changed lines, median |", "|---|---|---|---|"]
+    for family in families(lessons):
+        members = sorted((x for x in lessons.values() if x.family == family), key=lambda x: x.name)
+        methods = [x for x in members if x.base]
+        roots = [x.name for x in members if not x.base]
+        roots += [b for b in bases(lessons, family) if lessons[b].family != family]
+        median = f"{statistics.median(x.lines for x in methods):g}" if methods else ""
+        rows.append(f"| {family} | {links(roots)} | {links(x.name for x in methods)} | {median} |")
+    return "\n".join(rows)
+
+
+def readme(text, lessons):
+    """README's text with its table of families made anew, where it has the place for it."""
+    block = r"(<!-- families -->\n).*?(<!-- end families -->)"
+    return re.sub(block, lambda m: m[1] + table(lessons) + "\n" + m[2], text, flags=re.S)

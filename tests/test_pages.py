@@ -1,0 +1,86 @@
+"""The pages about the scripts, and the verdicts in them."""
+
+import json
+
+import pytest
+
+from tests import pages, sync
+
+BASE, SAPO = ((sync.ALGOS / f"{name}.py").read_text() for name in ("grpo", "sapo"))
+
+
+def band(low, high):
+    return dict(mean=(low + high) / 2, min=low, max=high)
+
+
+@pytest.mark.parametrize(
+    "mine, theirs, word",
+    [
+        ((0.8, 0.9), (0.6, 0.7), "better"),
+        ((0.6, 0.7), (0.8, 0.9), "worse"),
+        ((0.7, 0.9), (0.6, 0.7), "equal"),
+        ((0.71, 0.72), (0.69, 0.70), "equal"),
+        ((0.73, 0.73), (0.70, 0.70), "better"),
+    ],
+)
+def test_compare(mine, theirs, word):
+    assert pages.compare(band(*mine), band(*theirs)) == word
+
+
+def results(folder, name, command, measure="win_rate", **summary):
+    values = {item.replace("_at_", "@"): {measure: band(*v)} for item, v in summary.items()}
+    (folder / f"{name}.json").write_text(json.dumps(dict(command=command, summary=values)))
+    return pages.records(folder)
+
+
+def test_verdicts(tmp_path):
+    lesson = pages.Lesson("sapo", SAPO, "ratio", "grpo")
+    greedy = dict(measure="greedy accuracy after", sapo=(0.9, 0.9), grpo=(0.8, 0.8))
+    (tmp_path / "other.json").write_text(json.dumps([1]))
+    assert pages.verdict(lesson, BASE, pages.records(tmp_path)) == "not compared"
+    found = results(tmp_path, "a", "python -m runs.compare grpo sapo --seeds 3", **greedy)
+    assert pages.verdict(lesson, BASE, found) == "better on addition"
+    found = results(tmp_path, "b", "... -- --task route --eval-every=5", sapo=(0.5, 0.6), grpo=(0.8, 0.8))
+    assert pages.verdict(lesson, BASE, found) == "better on addition, worse on route"
+    found = results(tmp_path, "c", "... -- --lr 1e-3", sapo_at_route=(0.5, 0.6), grpo_at_route=(0.5, 0.6))
+    assert pages.verdict(lesson, BASE, found).endswith("worse on route, equal on route with --lr 1e-3")
+    # what has flags of its own, other data or another record is not compared
+    (tmp_path / "a.json").unlink(), (tmp_path / "b.json").unlink()
+    found = results(tmp_path, "c", "...", sapo_at_a=(1, 1), grpo_at_b=(0, 0), grpo=(0, 0))
+    found = results(tmp_path, "d", "...", **{"sapo_at_b,lr=1": (1, 1), "sapo_at_b": (1, 1)})
+    assert pages.verdict(lesson, BASE, found) == "not compared"
+
+
+def test_data_of_a_script():
+    task, data = "    task: str | None = None\n", "    data: str | None = None\n"
+    assert pages.setting("", task) == ("addition", "") and pages.setting("", data) == ("letters", "")
+    assert pages.setting("", '    task: str = "route"\n') == ("route", "")
+    preset = '    tiny_preset = dict(\n        lr=1,\n        data="record",\n    )\n'
+    assert pages.setting("", data + preset) == ("record", "")
+    command = "python -m runs.compare dpo -- --data chain --lr 1e-3 --flag --eval-every=9"
+    assert pages.setting(command, data) == ("chain", "--lr 1e-3 --flag")
+
+
+def test_pages_say_what_scripts_say(tmp_path):
+    found = results(tmp_path, "a", "...", measure="greedy score after", sapo=(1, 1), grpo=(0, 0))
+    lessons = {
+        "grpo": pages.Lesson("grpo", BASE, "ratio"),
+        "sapo": pages.Lesson("sapo", SAPO, "ratio", "grpo", ["surrogate"], {"gae": "ppo"}, 7),
+        "far": pages.Lesson("far", SAPO, "tokens", "sapo", ["surrogate"], {}, 8),
+    }
+    index = pages.index(lessons, found).splitlines()
+    assert index[0].startswith("*Written by `python -m tests.sync`, never by hand")
+    ratio, tokens = index.index("## ratio"), index.index("## tokens")
+    assert index[ratio + 2].startswith("- [grpo](grpo.py): Sample a group of completions per prompt")
+    idea = "GRPO's clip is a cliff: inside the interval a token counts fully, outside it not at all."
+    changes = "Changes `surrogate`, `gae` as in [ppo](ppo.py); 7 lines; better on addition."
+    assert index[ratio + 3] == f"  - [sapo](sapo.py): {idea} {changes}"
+    assert index[tokens + 2] == "- from [sapo](sapo.py):"
+    assert index[tokens + 3].startswith("  - [far](far.py): ")
+    table = pages.table(lessons).splitlines()
+    assert table[2] == "| ratio | [grpo](algos/grpo.py) | [sapo](algos/sapo.py) | 7 |"
+    assert table[3] == "| tokens | [sapo](algos/sapo.py) | [far](algos/far.py) | 8 |"
+    page = "a\n<!-- families -->\nold\n<!-- end families -->\nb\n"
+    made = ["a", "<!-- families -->", *table, "<!-- end families -->", "b"]
+    assert pages.readme(page, lessons).splitlines() == made
+    assert pages.readme("no block\n", lessons) == "no block\n"
