@@ -122,3 +122,20 @@ def test_a_prefix_may_hold_part_of_a_completion(engines):
     prefix = task.test[0].ids + tokenizer("1+1=02 ")["input_ids"]
     (tokens, logp, ended) = vllm.generate([prefix], 1, 5, 0.0, [0])[0]
     assert tokens == hf.generate([prefix], 1, 5, 0.0, [0])[0][0] and len(tokens) == len(logp) <= 5 and ended in (True, False)
+
+
+def test_completions_go_on_from_the_middle_with_budgets_of_their_own(engines):
+    """As on the other engine: nobody exceeds his budget, the log-probs are the training pass's, greedy is the same."""
+    args, tokenizer, policy, task, vllm, hf = engines
+    vllm.sync()
+    examples, budgets = task.test[:12], [1 + i % 7 for i in range(12)]
+    given = [ids[: i % 5] for i, (ids, _, _) in enumerate(hf.generate([e.ids for e in examples], 1, 28, 1.0, [0] * 12))]
+    prefixes = [e.ids + g for e, g in zip(examples, given)]
+    mine, theirs = (e.generate(prefixes, 1, budgets, 0.0, [0] * 12) for e in (vllm, hf))
+    assert [m[0] for m in mine] == [t[0] for t in theirs]
+    assert all(1 <= len(m[0]) <= budget for m, budget in zip(mine, budgets))
+    scorer = lambda texts, answers: ([None] * len(texts), [0.0] * len(texts))  # noqa: E731
+    batch = rollout.collect(vllm, scorer, tokenizer, examples, args, 0, given=given, n=3, budget=6)
+    logp, _ = read(policy, batch, args)
+    assert batch.trained.any() and ((logp - batch.sampler_logp).abs() * batch.trained).max() < 1e-4
+    assert batch.trained.sum(1).max() <= 6 and (batch.mask.sum(1) > batch.trained.sum(1)).any()
