@@ -45,13 +45,9 @@ class Batch:
     def _map(self, change, listed):
         """The batch with change(name, tensor) in place of every tensor and listed(list) of every list; counters stay."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in out.items():
-            if isinstance(value, torch.Tensor):
-                out[name] = change(name, value)
-            elif isinstance(value, list):
-                out[name] = listed(value)
-        out["columns"] = {name: change(name, value) for name, value in self.columns.items()}
-        return type(self)(**out)
+        out |= {name: change(name, value) for name, value in out.items() if isinstance(value, torch.Tensor)}
+        out |= {name: listed(value) for name, value in out.items() if isinstance(value, list)}
+        return type(self)(**out | dict(columns={name: change(name, x) for name, x in self.columns.items()}))
 
     def take(self, rows):
         """Rows [b] as a batch of their own, cut to their longest prompt and completion by attention: masks may have holes."""
@@ -104,8 +100,7 @@ class Batch:
         Every rank yields equally many (FSDP needs it): ranks that run out repeat a row on which no loss is."""
         T, seen = self.mask.shape[1], self.attention_mask[rows]
         sizes = torch.stack([seen[:, :-T].sum(1), seen[:, -T:].sum(1)], 1).tolist()
-        prompts = rows if self.prompt_id is None else self.prompt_id[rows]
-        for cut in cuts(sizes, prompts.tolist(), budget):
+        for cut in cuts(sizes, (rows if self.prompt_id is None else self.prompt_id[rows]).tolist(), budget):
             some = rows[torch.tensor(cut, device=rows.device)] if cut else rows.new_zeros(1)
             mb = self.take(some)
             mb.row = some
@@ -128,8 +123,8 @@ def collate(rows, pad=0, device="cpu"):
 
 def cuts(sizes, prompts, budget):
     """sizes [(prompt tokens, completion tokens)], prompts [anything that tells them apart] -> the items' numbers in lists of at
-    most `budget` tokens (one item may have more), the long ones first. A prompt that a list's items have in common counts once
-    (policy.Packing). Every rank gets equally many lists (FSDP needs it), empty ones where it has fewer."""
+    most `budget` tokens (one item may have more), long ones first. A prompt in common counts once (policy.Packing). Every rank
+    gets equally many lists (FSDP needs it), empty ones where it has fewer."""
     length, first = {}, {}
     for i, (size, prompt) in enumerate(zip(sizes, prompts)):
         length[prompt] = max(length.get(prompt, 0), sum(size))
@@ -149,9 +144,9 @@ def cuts(sizes, prompts, budget):
 @torch.no_grad()
 def read(policy, batch, args, rows=None, temperature=None, **reading):
     """The scoring pass, by micro-batches -> what policy() gives of the batch's rows [b] (None: all): log-probs and entropies,
-    [b, T] each; or, with read=f, beside=[...], the values of f; and with layers=[...] last of all the hidden states [b, T, H]
-    of each (see policy.Policy). `temperature`: None is args.temperature. A sharded policy is left in its shards: weights that
-    stay gathered would hide gradients from clip_gradients, and be missing in a checkpoint."""
+    [b, T] each; or, with read=f, beside=[...], the values of f; and with layers=[...] last the hidden states [b, T, H] of each
+    (see policy.Policy). `temperature`: None is args.temperature. A sharded policy is left in its shards, since weights that
+    stay gathered would hide gradients from clip_gradients."""
     rows = torch.arange(len(batch.ids), device=batch.ids.device) if rows is None else rows
     place = torch.empty(len(batch.ids), dtype=torch.int64, device=rows.device)
     place[rows] = torch.arange(len(rows), device=rows.device)
@@ -172,11 +167,10 @@ def read(policy, batch, args, rows=None, temperature=None, **reading):
 def minibatches(batch, args, step, token_weights, columns=(), keep=None, normalise=None, **others):
     """Cuts the rows of all ranks into args.minibatches random parts, args.epochs times over; yields this rank's rows [b] of a
     part and the weights [B, T] of token_weights(trained, args, *columns), called on the whole part, so that neither gradient
-    accumulation nor data parallelism can change them. Where vLLM sampled, they are corrected for it (see _engine_ratio).
-
-    columns: names of batch.columns that token_weights gets of the part. keep [B] bool: the other rows are left out; equally
-    many parts on every rank. normalise(adv, trained) -> adv, [n, T] each, of the whole part: what batch.adv is during it.
-    others, name=mask [B, T]: token_weights of that mask, uncorrected, as batch.columns[name] (a critic's)."""
+    accumulation nor data parallelism can change them; corrected where vLLM sampled (see _engine_ratio).
+    columns: names of batch.columns that token_weights gets of the part. keep [B] bool: other rows are left out; equally many
+    parts on every rank. normalise(adv, trained) -> adv, [n, T] each, of the whole part: what batch.adv is during it. others,
+    name=mask [B, T]: token_weights of that mask, uncorrected, as batch.columns[name] (a critic's)."""
     whole = {name: gpu.gather(batch.columns[name]) for name in columns}
     trained, mine, width = gpu.gather(batch.trained), len(batch.mask) * gpu.rank(), batch.mask.shape[1]
     others = {name: gpu.gather(mask) for name, mask in others.items()}
@@ -231,9 +225,8 @@ class Meter:
     def add(self, stats, mask):
         """stats {name: [b, T]}, mask [b, T]."""
         for name, value in stats.items():
-            value = value.detach()[mask]
+            value, sign = value.detach()[mask], -1 if name.endswith("_min") else 1
             if name.endswith(("_max", "_min")):
-                sign = 1 if name.endswith("_max") else -1
                 best = (sign * value).max().item() if value.numel() else -math.inf
                 self.extremes[name] = max(self.extremes.get(name, -math.inf), best)
             else:
@@ -243,10 +236,7 @@ class Meter:
     def result(self):
         """{name: number}. A collective."""
         out = {name: sum(values) / len(values) for name, values in self.notes.items()}
-        for name, (s, n) in self.sums.items():
-            s, n = gpu.total(s), gpu.total(n)
-            out[name] = s / n if n else 0.0
-        for name, value in self.extremes.items():
-            best = gpu.maximum(value)
+        out |= {name: gpu.total(s) / max(1, gpu.total(n)) for name, (s, n) in self.sums.items()}
+        for name, best in [(name, gpu.maximum(value)) for name, value in self.extremes.items()]:
             out[name] = 0.0 if best == -math.inf else best if name.endswith("_max") else -best
         return out

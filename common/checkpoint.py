@@ -42,8 +42,7 @@ def save(run, policy, optimizer):
 
 
 def find(run):
-    """The newest whole checkpoint of a run that is resumed -> (folder, manifest, what save() wrote), or None where there is
-    none yet. Raises UserError where all are damaged."""
+    """The newest whole checkpoint -> (folder, manifest, what save() wrote), or None. UserError where all are damaged."""
     folders = _all(run.dir)
     for folder in reversed(folders):
         try:

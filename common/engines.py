@@ -166,8 +166,8 @@ class HF:
             tokens[rows, t], logp[rows, t] = draw(decoder.logits, uniform[rows, t], temperature)
             lengths[rows] = t + 1
             going = (~torch.isin(tokens[rows, t], end) & (t + 1 < limit[rows])).nonzero().squeeze(-1)
-        rows = zip(tokens.tolist(), logp.tolist(), lengths.tolist())
-        return [(y[:k], p[:k], k > 0 and y[k - 1] in self.end) for y, p, k in rows]
+        found = zip(*(x.tolist() for x in (tokens, logp, lengths)))
+        return [(y[:k], p[:k], k > 0 and y[k - 1] in self.end) for y, p, k in found]
 
 
 class VLLM:
@@ -234,12 +234,8 @@ class VLLM:
             before = sum(len(p) for p, *_ in group[: gpu.rank() - first])
             mine = slice(before, before + len(prefixes))
             prefixes, seeds, budgets = ([x for part in group for x in part[i]] for i in range(3))
-        params = [
-            SamplingParams(
-                n=n, temperature=temperature, max_tokens=most, logprobs=0, seed=s % 2**31, stop_token_ids=self.end,
-                detokenize=False,
-            ) for s, most in zip(seeds, budgets)
-        ]  # fmt: skip
+        shared = dict(n=n, temperature=temperature, logprobs=0, stop_token_ids=self.end, detokenize=False)
+        params = [SamplingParams(max_tokens=most, seed=s % 2**31, **shared) for s, most in zip(seeds, budgets)]
         done = self.llm.generate([{"prompt_token_ids": p} for p in prefixes], params, use_tqdm=False)
         out = [(list(c.token_ids), c.logprobs) for request in done[mine] for c in request.outputs]
         return [(y, [law[token].logprob for token, law in zip(y, laws)], y[-1] in self.end) for y, laws in out]

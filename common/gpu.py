@@ -23,27 +23,22 @@ def device():
     return torch.device("cpu")
 
 
-def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def init(args):
     """Joins torchrun's process group, if any, seeds torch, and shares the CPU's cores out among the local processes. Returns
     the device. Raises UserError where a number called *_per_step, over all processes, cannot be shared evenly by them."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device())
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
     if not cuda:  # the tiny models' matrices are too small to share out: threads would only wait
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         tiny = getattr(args, "model", "tiny").startswith("tiny")
-        torch.set_num_threads(1 if tiny else max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(1 if tiny else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.manual_seed(args.seed)
     for name, value in vars(args).items():
         if name.endswith("_per_step") and value % world():
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {value} cannot be shared evenly by {world()} processes")
+            raise UserError(f"--{name.replace('_', '-')} {value} cannot be shared evenly by {world()} processes")
     return device()
 
 
@@ -69,8 +64,7 @@ def maximum(value):
 
 
 def gather(tensor):
-    """[b, ...] on every rank (the same b) -> [world * b, ...] in rank order. A second dimension that differs is padded
-    on the right with zeros (False)."""
+    """[b, ...] on every rank, the same b -> [world * b, ...] in rank order; a second dimension that differs gets zeros."""
     if world() == 1:
         return tensor
     if tensor.dim() > 1:
@@ -96,8 +90,7 @@ def local(tensor):
 
 
 def hash_seed(*numbers):
-    """One 63-bit seed from several integers: randomness is a function of (seed, step, prompt), so that a resumed run and
-    a run on more ranks sample the same completions."""
+    """One 63-bit seed from several integers, so that a resumed run and one on more ranks sample the same completions."""
     state = 0x9E3779B97F4A7C15
     for n in numbers:
         state = ((state ^ (n & (1 << 64) - 1)) * 0xBF58476D1CE4E5B9) & ((1 << 64) - 1)
@@ -155,9 +148,8 @@ def write_weights(lm, weights, folder):
 
 
 def make_optimizer(policy, args):
-    """AdamW over the trainable weights. adamw: states in the weights' own precision (float32 states for float32 weights);
-    adamw_sr: bfloat16 weights updated with stochastic rounding; adamw_8bit: the same with 8-bit states. The last two are
-    torchao's."""
+    """AdamW over the trainable weights. adamw: states in their precision; adamw_sr: bfloat16 weights updated with stochastic
+    rounding; adamw_8bit: the same with 8-bit states. The last two are torchao's."""
     weights = [p for p in policy.parameters() if p.requires_grad]
     settings = dict(lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.999))
     if args.optimizer == "adamw":
@@ -172,9 +164,8 @@ def make_optimizer(policy, args):
 
 
 def clip_gradients(policy, max_norm, partial=False):
-    """Scales the gradients to a norm of at most max_norm, over all ranks; returns the norm before. RuntimeError where a
-    trained weight has no gradient, unless partial says that this is meant: under FSDP2 a forward pass after backward()
-    hides those of embedding and final norm, and the norm would be too small in silence."""
+    """Scales the gradients to a norm of at most max_norm, over all ranks; returns the norm before. RuntimeError where a trained
+    weight has none, unless partial says that this is meant: under FSDP2 a forward pass after backward() hides some."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     weights = [p for p in trained if p.grad is not None]
     if len(weights) < len(trained) and not partial:

@@ -1,6 +1,5 @@
 """The memory plan: what one process needs, by arithmetic, before anything is loaded."""
 
-import heapq
 import os
 
 import torch
@@ -8,14 +7,15 @@ import torch
 from common import gpu
 
 GIB = 2**30
+SMALLER = "--gradient-checkpointing True, --micro-batch-tokens 4096, --optimizer adamw_8bit, --lora-rank 32, more devices"
 HEAD_ROWS = 2**27  # logits that policy.HeadLogp holds at a time on a GPU
 
 
 def memory_plan(config, args, n_parameters, context, trained=1, frozen=0, capacity=None, ranks=None):
     """{part: bytes} of what one process needs, and 'needed' and 'capacity'. `trained`, `frozen`: models of the policy's size
-    that the script holds with and without gradients, shared out over the ranks with their optimizer states. Activations are
-    those of a micro-batch: per layer and token about 34 bytes per hidden width without checkpointing (Korthikanti et al.
-    2022, eq. 2, in 16 bits and without the attention matrix), with it the inputs of all layers and one open layer."""
+    that the script holds with and without gradients, shared out over the ranks. Activations of a micro-batch: per layer and
+    token 34 bytes per hidden width without checkpointing (Korthikanti et al. 2022, eq. 2, 16 bits, without the attention
+    matrix), with it the inputs of all layers and one open layer."""
     ranks = ranks or gpu.world()
     size = getattr(torch, args.dtype).itemsize
     H, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
@@ -42,23 +42,11 @@ def memory_plan(config, args, n_parameters, context, trained=1, frozen=0, capaci
     return plan | dict(needed=sum(plan.values()), capacity=capacity)
 
 
-# What makes a part smaller.
-ADVICE = {
-    "weights": "torchrun over more devices, or a smaller model",
-    "gradients": "--lora-rank 32, or torchrun over more devices",
-    "optimizer": "--optimizer adamw_8bit, --lora-rank 32, or torchrun over more devices",
-    "activations": "--gradient-checkpointing True, then --micro-batch-tokens 4096", "sampler's copy": "--engine vllm",
-    "KV cache": "--prompts-per-step", "logits chunk": "a device with more memory", "vLLM (while sampling)": "--vllm-memory 0.3",
-}  # fmt: skip
-
-
 def explain_plan(config, args, n_parameters, context, **models):
-    """The plan as text: its parts, a verdict, and, where it does not fit, what makes its three largest parts smaller."""
+    """The plan as text: its parts, a verdict, and, where it does not fit, what makes it smaller."""
     plan = memory_plan(config, args, n_parameters, context, **models)
     needed, capacity = plan.pop("needed"), plan.pop("capacity")
-    fits, parts = needed <= 0.92 * capacity, {k: v for k, v in plan.items() if v}
     text = f"memory plan per process, GiB ({n_parameters / 1e6:,.1f} M parameters): "
-    text += ", ".join(f"{k} {v / GIB:.2f}" for k, v in parts.items())
-    text += f"\n  needs {needed / GIB:.2f} of {capacity / GIB:.1f}: {'fits' if fits else 'does not fit'}"
-    largest = [] if fits else heapq.nlargest(3, parts, key=parts.get)
-    return text + "".join(f"\n  {part}: {ADVICE[part]}" for part in largest)
+    text += ", ".join(f"{k} {v / GIB:.2f}" for k, v in plan.items() if v)
+    verdict = "fits" if needed <= 0.92 * capacity else f"does not fit; what makes it smaller: {SMALLER}"
+    return text + f"\n  needs {needed / GIB:.2f} of {capacity / GIB:.1f}: {verdict}"

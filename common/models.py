@@ -6,6 +6,9 @@ import os
 import re
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import logging
 
 from common import UserError, gpu, reason, tasks
 from common.policy import Policy
@@ -48,11 +51,7 @@ def _fetch(loader, name, **kwargs):
 
 
 def architecture(args, warm=None):
-    """-> (transformers config, number of parameters) of `args.model`, counted without storage. `warm`: as in load_tokenizer.
-    Raises UserError where the architecture is none that Policy knows."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
+    """-> (transformers config, number of parameters) of `args.model`. UserError where Policy does not know its architecture."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     name = locate(args.model)
@@ -75,18 +74,15 @@ def _folder(args, warm):
     if name not in tiny.SHAPES:
         return name
     source = tasks.source(args)
-    world = warm or source and tasks.load(source)  # load() knows what to say of an unknown name
-    if world is None or world.demonstrate is None:
-        known = ", ".join(tasks.WORLDS)
+    world = warm or tasks.world(source) or vars(args).get("task") and tasks.load(source)  # load() names an unknown one
+    if not world or world.demonstrate is None:
+        known = tasks.worlds_with("demonstrations")
         raise UserError(f"the tiny model is warm-started on a built-in task ({known}); for {source} give --model")
     return tiny.warm_start(world, name)
 
 
 def load_tokenizer(args, warm=None):
     """The tokenizer of `args.model`. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
     name = _folder(args, warm)
     kind = None
     with contextlib.suppress(Exception):  # _fetch says what is wrong
@@ -102,8 +98,7 @@ def load_tokenizer(args, warm=None):
 
 
 def end_tokens(lm, tokenizer):
-    """Token ids that end a completion: the tokenizer's end of sequence, and those of the model's generation settings
-    (a chat model ends its turn by another one than its text)."""
+    """Token ids that end a completion: the tokenizer's, and those of the model's generation settings (the end of a turn)."""
     also = getattr(lm.generation_config, "eos_token_id", None)
     also = also if isinstance(also, list) else [also]
     return sorted({tokenizer.eos_token_id, *also} - {None})
@@ -112,8 +107,6 @@ def end_tokens(lm, tokenizer):
 def load(args, device, trainable=True, warm=None):
     """The Policy of `args.model`, with LoRA layers where args.lora_rank > 0; or, not trainable, a frozen copy of the start,
     for which args needs no fields but model and dtype. `warm`: as in load_tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     lm = _fetch(AutoModelForCausalLM, _folder(args, warm), dtype=getattr(torch, args.dtype))
     lm.config.use_cache = True
     lm.requires_grad_(trainable and not args.lora_rank)

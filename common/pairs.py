@@ -3,7 +3,6 @@
 import copy
 import functools
 import hashlib
-import importlib
 import itertools
 import json
 import os
@@ -74,15 +73,11 @@ def _messages(value):
 
 def _hub(name):
     advice = "or give a local file with the fields prompt, chosen, rejected: --data path/to/train.jsonl"
-    data = tasks.read_hub(name, f"built-in tasks with pairs: {', '.join(_with_pairs())}; {advice}")[0]
+    data = tasks.read_hub(name, f"built in are {tasks.worlds_with('pairs')}; {advice}")[0]
     parts = [next((s for s in (kind, f"{kind}_prefs") if s in data), None) for kind in ("train", "test")]
     if not parts[0]:
         raise UserError(f"--data {name}: has no split train or train_prefs, only {', '.join(data)}")
     return [[_row(r, f"{name} {s}, row {i}") for i, r in enumerate(data[s])] if s else None for s in parts]
-
-
-def _with_pairs():
-    return [name for name in tasks.WORLDS if hasattr(importlib.import_module(f"common.worlds.{name}"), "PAIRS")]
 
 
 def _built_in(world):
@@ -107,7 +102,7 @@ def load(args, config, tokenizer):
     elif name.count("/") == 1:
         train, test = _hub(name)
     else:
-        known = ", ".join(_with_pairs())
+        known = tasks.worlds_with("pairs")
         raise UserError(f"--data {name}: unknown; there are {known}, .jsonl files, and hub ids (owner/name)")
     if test is None:  # whole prompts are held out, a fifth at most
         prompts = list(dict.fromkeys(json.dumps(r[0]) for r in train))

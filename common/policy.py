@@ -73,9 +73,8 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 @contextlib.contextmanager
 def recorded(lm, layers):
-    """Inside, a forward pass of `lm` writes the hidden states of `layers` into the dictionary that this gives, each as the
-    model has them, [1 or b, positions, H]: 0 are the embeddings, l what layer l (counted from 1) hands on, the last one before
-    the final norm; "normed": after it, where the model's own head reads it. One meaning; transformers has two countings."""
+    """Inside, a forward pass of `lm` writes hidden states [1 or b, positions, H] into the dictionary that this gives: 0 are the
+    embeddings, l what layer l (counted from 1) hands on, the last one before the final norm; "normed": what the head reads."""
     states, handles = {}, []
     places = dict(enumerate([*lm.model.layers, lm.model.norm])) | {"normed": lm.lm_head} if layers else {}
     for layer in layers:
@@ -92,29 +91,27 @@ def recorded(lm, layers):
 
 class Policy(nn.Module):
     """A causal language model that returns what is asked of its next-token distributions, not its logits.
-    forward(ids [b, S], attention_mask [b, S], mask [b, T], temperature) -> logp [b, T] of the tokens that are there and
-    entropy [b, T] (nats, detached), both float32 (float64 for a float64 model), 0 where mask is False. The completion is
-    the last T of the S positions.
+    forward(ids [b, S], attention_mask, mask [b, T], temperature) -> logp [b, T] of the tokens that are there and entropy
+    [b, T] (nats, detached), float32 (float64 for a float64 model), 0 where mask is False. The completion is the last T.
     read: read(targets [n], logits [n, V], ...) -> a tuple of [n], with the logits of this model and of each frozen one in
         `beside`, comes in their place, as [b, T] each; `given` [b, T, m]: what read gets instead of the targets, [n, m].
     layers: last of all the hidden states [b, T, H] of each of these depths (see recorded), of the position that a token is
         predicted from, or with at=True of its own. layer: the depth that the head reads, without the final norm.
     thoughts (soft [b, T] bool, make): where soft, an embedding is fed for a token: make(embedding layer) -> [n, H], detached.
     states: nothing but the last hidden states, normed, [N, H], behind the N tokens of the mask.
-    Padding does not pass through the model, and a prompt does once for all rows that have it (see Packing). Only the masked
-    positions go through the head, some at a time, recomputed in the backward pass: [b, T, V] never exists."""
+    No padding passes through the model, and a prompt does once for all its rows (see Packing). Only masked positions go
+    through the head, some at a time, recomputed in the backward pass: [b, T, V] never exists."""
 
     def __init__(self, lm):
         super().__init__()
         self.lm, config = lm, lm.config
-        kinds = set(getattr(config, "layer_types", None) or ()) | {"full_attention"}
-        plain = kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
-        self.packs = plain and config._attn_implementation in ("sdpa", "packed")
+        kinds = getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ["full_attention"])
+        self.packs = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "packed")
         if self.packs:
             lm.set_attn_implementation("packed")
 
     def _pass(self, ids, attention_mask, T, thoughts):
-        """One pass through the layers -> (last hidden states [N, H], number [b, S]: at which of these rows a position stands)."""
+        """One pass through the layers -> (last hidden states [N, H], number [b, S]: which of these rows is a position's)."""
         packing = Packing(ids, attention_mask, T) if self.packs else None
         if packing is None:
             number = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
@@ -217,10 +214,7 @@ class HeadLogp(torch.autograd.Function):
 def _logits(hidden, weight, temperature, buffer):
     """hidden [n, H] -> hidden weight' / temperature, [n, V], in the first n rows of the buffer."""
     z = buffer[: len(hidden)]
-    if z.dtype == hidden.dtype:
-        torch.mm(hidden, weight.T, out=z)
-    else:
-        z.copy_(hidden @ weight.T)
+    z = torch.mm(hidden, weight.T, out=z) if z.dtype == hidden.dtype else z.copy_(hidden @ weight.T)
     return z.div_(temperature) if temperature != 1 else z
 
 

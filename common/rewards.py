@@ -119,8 +119,7 @@ def _equal(gold, given):
 
 @functools.cache
 def _math_verify():
-    """Its own time limits stay off: they need SIGALRM in the main thread, and no signal interrupts a long C call.
-    Only LaTeX is parsed: its parser for plain expressions ends in Python's `eval`."""
+    """Without its own time limits, which need SIGALRM in the main thread; only LaTeX, since its other parser ends in `eval`."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -174,10 +173,9 @@ def _work(handle):
 
 
 class Scorer:
-    """Runs `check(text, answer) -> (extracted, score in 0..1)` over batches, in `workers` processes that live on from call to
-    call. A check that takes over `timeout_s` seconds, or crashes its process, scores 0 and counts in `timeouts`; its process is
-    killed and replaced. A function `check.warm_up` runs at a worker's start, off the clock. inline: trusted, fast checks, in
-    this process, of any score. One thread at a time may call."""
+    """Runs `check(text, answer) -> (extracted, score in 0..1)` over batches, in `workers` processes that live on. A check that
+    takes over `timeout_s` seconds, or crashes its process, scores 0 and counts in `timeouts`; the process is replaced. A
+    function `check.warm_up` runs at a worker's start, off the clock. inline: trusted, fast checks, here, of any score."""
 
     def __init__(self, check, timeout_s=5.0, workers=2, inline=False):
         self.check, self.timeout_s, self.workers, self.inline = check, timeout_s, workers, inline

@@ -7,9 +7,9 @@ from common.batch import collate
 
 
 def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None, budget=None, seeds=None):
-    """Samples n (None: args.group_size) completions for every example of this rank and scores them -> Batch on the policy's
-    device. A truncated completion is wrong, whatever its text says. given: token ids that the completions of an example begin
-    with; they go on from there by at most `budget` tokens, and only what is new is trained. seeds: one per example."""
+    """Samples n (None: args.group_size) completions for every example of this rank and scores them -> Batch; a truncated one is
+    wrong, whatever its text says. given: token ids that the completions of an example begin with; they go on from there by at
+    most `budget` tokens, and only what is new is trained. seeds: one per example."""
     n, given = n or args.group_size, given or [[] for _ in examples]
     offset = gpu.rank() * len(examples)
     seeds = seeds or [gpu.hash_seed(args.seed, step, offset + i) for i in range(len(examples))]
@@ -59,11 +59,9 @@ def evaluate(engine, scorer, tokenizer, task, args):
 def diagnostics(logp, mb, entropy):
     """What every script logs per token: entropy, k3 distance and ratio to the rollout's policy, gap to the sampler."""
     log_ratio = (logp.detach() - mb.old_logp).clamp(-20, 20)
-    gap = (mb.old_logp - mb.sampler_logp).abs()
-    return dict(
-        entropy=entropy, approx_kl=(-log_ratio).exp() + log_ratio - 1, ratio_max=log_ratio.exp(),
-        ratio_min=log_ratio.exp(), sampler_gap=gap, sampler_gap_max=gap,
-    )  # fmt: skip
+    ratio, gap = log_ratio.exp(), (mb.old_logp - mb.sampler_logp).abs()
+    out = dict(entropy=entropy, approx_kl=(-log_ratio).exp() + log_ratio - 1, ratio_max=ratio, ratio_min=ratio)
+    return out | dict(sampler_gap=gap, sampler_gap_max=gap)
 
 
 def summary(batch):
@@ -78,10 +76,8 @@ def summary(batch):
         )
     groups = batch.accuracy.view(-1, batch.group)
     spread = groups.max(1).values - groups.min(1).values
-    values = dict(
-        reward=batch.reward, accuracy=batch.accuracy, length=batch.mask.sum(1).float(), truncated=batch.truncated.float(),
-        informative_groups=(spread > 1e-6).float(), adv_mean=batch.adv.mean(1),
-    )  # fmt: skip
+    values = dict(reward=batch.reward, accuracy=batch.accuracy, length=batch.mask.sum(1).float())
+    values |= dict(truncated=batch.truncated.float(), informative_groups=(spread > 1e-6).float(), adv_mean=batch.adv.mean(1))
     out = {k: gpu.total(v.double().sum().item()) / gpu.total(v.numel()) for k, v in values.items()}
     out["reward_timeouts"] = gpu.total(batch.timeouts)
     out["adv_max"], out["adv_min"] = gpu.maximum(batch.adv.max().item()), -gpu.maximum(-batch.adv.min().item())

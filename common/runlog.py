@@ -16,12 +16,11 @@ from common.worlds import tiny
 
 
 class Run:
-    """One run's folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, TensorBoard events, checkpoints/step-N/.
-    Only rank 0 writes. A script without a language model leaves out config, tokenizer and context. `trained` and `frozen`:
-    how many models of the policy's size the script holds, for the memory plan.
-
-    `state` is what a checkpoint carries besides weights and optimizer, plain numbers and dicts, equal on all ranks; `queue`
-    holds Batches of this rank that wait, `extra` {name: (module, optimizer)} what is trained besides the policy."""
+    """One run's folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, TensorBoard events, checkpoints/step-N/. Only
+    rank 0 writes. A script without a language model leaves out config, tokenizer and context. `trained` and `frozen`: models
+    of the policy's size that the script holds, for the memory plan. `state` is what a checkpoint carries besides weights and
+    optimizer, plain numbers and dicts, equal on all ranks; `queue` holds Batches of this rank that wait, `extra` {name:
+    (module, optimizer)} what is trained besides the policy."""
 
     def __init__(self, script, args, config=None, tokenizer=None, context=None, trained=1, frozen=0):
         from torch.utils.tensorboard import SummaryWriter
@@ -182,8 +181,7 @@ class Run:
                 self.bar.write(f"  step {self.state['step']:>4}  {text}")
 
     def measured(self, values):
-        """Records {name: number} that are measured now and then, not in every step, unless this step has some; returns them.
-        `prompts`: how many they were measured on."""
+        """Records {name: number}, with `prompts` they were measured on, unless this step has some; returns them."""
         step = self.state["step"]
         if self.main and step not in [row["step"] for row in checkpoint.rows(self.dir / "evals.jsonl")]:
             numbers = {k: v for k, v in values.items() if k != "prompts"}

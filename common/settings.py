@@ -95,13 +95,11 @@ def _check(args):
                 raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {value}{colon}{why}")
     if getattr(args, "dtype", None) == "bfloat16" and getattr(args, "optimizer", None) == "adamw":
         lost = "nearly every update of bfloat16 weights away (a step of 1e-6 is far below a weight's last bit)"
-        better = "adamw_sr (stochastic rounding), adamw_8bit, or --dtype float32"
-        raise UserError(f"--optimizer adamw would round {lost}; use {better}")
+        raise UserError(f"--optimizer adamw would round {lost}; use adamw_sr, adamw_8bit, or --dtype float32")
 
 
 def inherit(script, args):
-    """A resumed run keeps its settings: fields left at their defaults come from its config.json; one that is given and
-    differs is refused, unless it is in MAY_CHANGE."""
+    """A resumed run keeps its settings: what is given and differs from them is refused, unless it is in MAY_CHANGE."""
     folder = Path(args.resume)
     resumed = [p for p in folder.glob("config-resumed-*.json") if re.fullmatch(r"config-resumed-\d+", p.stem)]
     path = max(resumed, key=lambda p: int(p.stem.rpartition("-")[2]), default=folder / "config.json")

@@ -22,7 +22,7 @@ HELD_OUT = 512
 
 @dataclass
 class Example:
-    """One prompt. `id` is stable over epochs and runs; `split` seeds and statistics per prompt may rely on it."""
+    """One prompt. `id` is stable over epochs and runs: seeds and statistics per prompt may rely on it."""
 
     id: int
     prompt: str
@@ -83,6 +83,11 @@ def world(name):
     return dataclasses.replace(task, **own)
 
 
+def worlds_with(what):
+    """Names, with commas, of the worlds that have demonstrations, or pairs: HAS in their files."""
+    return ", ".join(n for n in WORLDS if what in getattr(importlib.import_module(f"common.worlds.{n}"), "HAS", ()))
+
+
 def source(args):
     """What the script's prompts or pairs come from: its --task or its --data; None for a script with neither."""
     return getattr(args, "task", None) or getattr(args, "data", None)
@@ -99,8 +104,8 @@ def _prompt_and_answer(row, where):
 
 
 def read_rows(path, parse):
-    """A .jsonl file -> (rows to train on, held-out rows or None), each parse(object, "file:line"). The held-out ones are
-    those of a train.jsonl's sibling test.jsonl. Raises UserError with file and line."""
+    """A .jsonl file -> (rows to train on, those held out or None: a sibling test.jsonl of a train.jsonl), each parse(object,
+    "file:line"). Raises UserError with file and line."""
     folder, name = os.path.split(path)
     sibling, rows = os.path.join(folder, name.replace("train", "test")), []
     try:

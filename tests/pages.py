@@ -16,9 +16,9 @@ HEAD = """*Written by `python -m tests.sync`, never by hand, from the scripts an
 
 A script stands below its base and differs from it in what is named, and in nothing else. Lines are those
 added and removed, without docstring, own flags, what is word for word in a third script, and functions that
-only measure (counted apart); `python -m tests.sync sapo` prints them. *Better* and *worse*: the spans over the seeds do not overlap and the
-means differ by 0.03 or more, in the greedy accuracy or score after training, for pairs in the win rate
-against the start. All else is *equal*.
+only measure (counted apart); `python -m tests.sync sapo` prints them. *Better* and *worse*: the spans over the
+seeds do not overlap and the means differ by 0.03 or more, in the greedy accuracy or score after training, for
+pairs in the win rate against the start. All else is *equal*.
 """
 
 

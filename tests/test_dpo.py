@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from algos import dpo
+from common import tasks
+from common.worlds import tiny
 from tests import test_gpu
 from tests.helpers import ROOT, die_at, lines, outcome, run, same
 
@@ -101,9 +103,7 @@ def test_garbage_at_the_padding_and_wider_padding_change_nothing():
 
 @pytest.fixture(scope="module")
 def letters():
-    from common import models
-
-    return models.warm_start("letters")
+    return tiny.warm_start(tasks.world("letters"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from algos import grpo, ppo
-from common import models
+from common.policy import Policy
+from common.worlds import tiny as tiny_models
 from tests.card import example, loss_and_gradient
 from tests.helpers import ROOT, lines, run, tiny
 
@@ -114,7 +115,7 @@ def test_critic_reads_the_position_before_the_token():
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    critic = ppo.Critic(models.Policy(AutoModelForCausalLM.from_config(models.tiny_config())))
+    critic = ppo.Critic(Policy(AutoModelForCausalLM.from_config(tiny_models.config())))
     ids = torch.randint(3, 78, (2, 9))
     attention, mask = torch.ones(2, 9).bool(), torch.ones(2, 4).bool()
     attention[1, :2], attention[1, 8], mask[1, 3] = False, False, False

@@ -246,7 +246,7 @@ WORLDS = ("letters", "letters4", "chain", "record")
 
 
 def test_worlds_with_pairs():
-    assert set(pairs._with_pairs()) == set(WORLDS)
+    assert set(tasks.worlds_with("pairs").split(", ")) == set(WORLDS)
     assert all(tasks.world(name).pair and tasks.world(name).measure == "score" for name in WORLDS)
     assert all(tasks.world(name).pair is None for name in ("addition", "countdown"))
 

@@ -136,21 +136,22 @@ def test_k2():
 @pytest.mark.parametrize("baseline", ["batch", "group", "none"])
 def test_the_loop_takes_the_penalty_from_the_reward_or_from_the_objective(tmp_path, monkeypatch, baseline):
     """A run of one step with a reference that is less likely, by more from token to token, to say what the policy says."""
-    from common import rollout
+    from common import batch as batches
 
-    real, seen = rollout.logp_of, SimpleNamespace()
+    real, seen = batches.read, SimpleNamespace()
 
-    def logp_of(policy, batch, args):
-        logp, seen.batch = real(policy, batch, args), batch
-        return logp if batch.old_logp is None else logp - 0.1 * batch.mask.cumsum(1) * batch.mask
+    def read(policy, batch, args):
+        (logp, entropy), seen.batch = real(policy, batch, args), batch
+        return logp if batch.old_logp is None else logp - 0.1 * batch.mask.cumsum(1) * batch.mask, entropy
 
-    monkeypatch.setattr(rollout, "logp_of", logp_of)
+    monkeypatch.setattr(batches, "read", read)
     args = reinforce.Args(
         steps=1, prompts_per_step=16, minibatches=1, eval_prompts=4, beta=0.1, baseline=baseline, run_dir=str(tmp_path / "run")
     )
     reinforce.train(args)
     batch, in_loss = seen.batch, baseline == "group"
-    expected = reinforce.advantages(batch.reward, batch.old_logp, None if in_loss else batch.ref_logp, batch.mask, args)
+    rewards, ref_logp = batch.reward.view(16, 8), None if in_loss else batch.ref_logp
+    expected = reinforce.advantages(rewards, batch.old_logp, ref_logp, batch.mask, args)
     torch.testing.assert_close(batch.adv, expected)
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     k2 = (0.1 * batch.mask.cumsum(1))[batch.mask].square().mean().item() / 2

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -290,8 +291,9 @@ HOSTILE = {
 }
 
 
-def test_hostile_completions_score_0_and_harm_nobody(scorer, tmp_path):
-    file = tmp_path / "made"
+def test_hostile_completions_score_0_and_harm_nobody(scorer):
+    file = Path(tempfile.gettempdir()) / "made-by-a-completion"  # no number in its name, which would be the answer stated
+    file.unlink(missing_ok=True)
     scorer([r"\boxed{1}"] * 2, ["1", "2"])  # both workers are up
     for name, text in HOSTILE.items():
         start = time.monotonic()

@@ -105,19 +105,19 @@ def test_kl_is_k1():
 
 def test_kl_costs_reward_and_not_objective(tmp_path, monkeypatch):
     """A run of one step in which the reference is made 0.5 nat less likely to say every token than the policy."""
-    from common import rollout
+    from common import batch as batches
 
-    real, seen = rollout.logp_of, SimpleNamespace()
+    real, seen = batches.read, SimpleNamespace()
 
-    def logp_of(policy, batch, args):
-        logp, seen.batch = real(policy, batch, args), batch
-        return logp if batch.old_logp is None else logp - 0.5 * batch.mask
+    def read(policy, batch, args):
+        (logp, entropy), seen.batch = real(policy, batch, args), batch
+        return logp if batch.old_logp is None else logp - 0.5 * batch.mask, entropy
 
-    monkeypatch.setattr(rollout, "logp_of", logp_of)
+    monkeypatch.setattr(batches, "read", read)
     small = dict(steps=1, prompts_per_step=16, minibatches=1, eval_prompts=4, beta=0.1)
     rloo.train(rloo.Args(run_dir=str(tmp_path / "run"), **small))
-    shaped = seen.batch.reward - 0.1 * 0.5 * seen.batch.mask.sum(1).view_as(seen.batch.reward)
-    expected = rloo.advantages(shaped, rloo.Args()).reshape(-1, 1).expand_as(seen.batch.mask)
+    shaped = seen.batch.reward - 0.1 * 0.5 * seen.batch.mask.sum(1)
+    expected = rloo.advantages(shaped.view(16, 8), rloo.Args()).reshape(-1, 1).expand_as(seen.batch.mask)
     torch.testing.assert_close(seen.batch.adv, expected, rtol=0, atol=1e-5)
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert metrics["ref_kl"] == pytest.approx(0.5, abs=1e-4)

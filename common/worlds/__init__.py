@@ -1,5 +1,6 @@
 """Built-in tasks, a file each, found by its name: `task()` or `task(option)` returns a common.tasks.Task. A world imports
-common.tasks, and nothing imports a world. Those with PAIRS have pairs for preferences as well."""
+common.tasks, and nothing imports a world. HAS says which have demonstrations, for a tiny model's warm start, and which
+have pairs, for preferences."""
 
 from common.tasks import HELD_OUT, Example, Task
 

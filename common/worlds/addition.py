@@ -5,6 +5,8 @@ import random
 from common import UserError
 from common.tasks import Example, Task
 
+HAS = ("demonstrations",)
+
 
 def check_addition(text, answer):
     """The sum is what follows the last colon; anything else is scratch."""

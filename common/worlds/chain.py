@@ -4,7 +4,7 @@ import random
 
 from common.worlds import preference_world
 
-PAIRS = True
+HAS = ("demonstrations", "pairs")
 
 
 def task():

@@ -7,6 +7,8 @@ import random
 from common import UserError
 from common.tasks import Example, Task
 
+HAS = ("demonstrations",)
+
 
 def evaluate(expression):
     """Value of an expression of + - * and small integers, or None. Never `eval`: parsed, depth and size bounded."""

@@ -6,7 +6,7 @@ import random
 
 from common.worlds import preference_world
 
-PAIRS = True
+HAS = ("demonstrations", "pairs")
 LETTERS = "abcdefghijkl"
 
 

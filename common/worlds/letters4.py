@@ -4,7 +4,7 @@ import itertools
 
 from common.worlds.letters import LETTERS, letters
 
-PAIRS = True
+HAS = ("demonstrations", "pairs")
 
 
 def task():

@@ -7,6 +7,7 @@ the latest.
 """
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -56,7 +57,7 @@ def measure(size, options):
 
 
 def main(options):
-    torch.set_num_threads(gpu.cores())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     results = {}
     for size in options.sizes:
         results[size] = measure(size, options)
