@@ -258,9 +258,7 @@ def profiler(work):
 
 def main(work):
     sys.path.insert(0, str(ROOT))
-    from common.gpu import cores
-
-    torch.set_num_threads(cores())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     rate = matmul_rate(work.dtype)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         prompts, N = make_model(work, folder)
