@@ -49,6 +49,8 @@ class Args:
     """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
     epochs: int = 1
     """passes over each rollout"""
+    stale: int = 0
+    """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
     """AdamW's rate, constant"""
     weight_decay: float = 0.0
@@ -180,13 +182,12 @@ def train(args):
         while not rounds or n < share and rounds < args.max_gen_batches:
             prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
             batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"])  # new noise every round
-            batch.policy_version.fill_(step)
             run.state["cursor"] += args.prompts_per_step
             kept.append(batch.groups(informative(batch.accuracy.view(-1, batch.group), args).nonzero()[:, 0]))
             n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
             rounds, right = rounds + 1, right + batch.accuracy.sum().item()
         n = min(n, share)
-        if n:  # else the last round is measured, but no update is made
+        if n:  # else the last round is measured; its advantages are 0, and no update is made
             batch = batch.join(kept).groups(torch.arange(n))
         batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
         engine.sleep()
@@ -197,12 +198,20 @@ def train(args):
         batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
         # Advantages over the whole rollout, of all processes.
         adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
         batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
         meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
         for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
@@ -216,7 +225,7 @@ def train(args):
                 loss += micro_loss.item()
                 meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
-            if n and run.finite(gpu.total(loss), grad_norm):
+            if adv.any() and run.finite(gpu.total(loss), grad_norm):
                 optimizer.step()
             optimizer.zero_grad()
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)

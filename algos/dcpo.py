@@ -49,6 +49,8 @@ class Args:
     """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
     epochs: int = 1
     """passes over each rollout"""
+    stale: int = 0
+    """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
     """AdamW's rate, constant"""
     weight_decay: float = 0.0
@@ -184,7 +186,7 @@ def train(args):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
-        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step)
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
         engine.sleep()
         run.state["cursor"] += args.prompts_per_step
         run.timed("rollout")
@@ -194,6 +196,13 @@ def train(args):
         batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
         # Advantages over the whole rollout, of all processes: each of them keeps the same statistics.
         rewards_of, prompt_id = (gpu.gather(x).view(-1, args.group_size) for x in (batch.reward, batch.prompt_id))
         adv = advantages(rewards_of, prompt_id[:, 0], visited, args)
@@ -201,6 +210,7 @@ def train(args):
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
         meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
         for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):

@@ -8,12 +8,12 @@ Objective, to be maximised, over all tokens of the minibatch:
     J = 1/sum_i |y_i| sum_i sum_t sg[w] A_i log pi,   w = clip(m_t r_t, 1 - eps_low, 1 + eps_high),   r = pi / pi_old
     m_t = min_{j<t} r_j over the tokens before t (m_1 = 1; above 1 where all of them are), in place of their product
     (Definitions and setting as reported by others; table of hyperparameters and equation numbers not at hand.)
-To have something to correct, step n trains on what the policy of step n - staleness sampled. The queue is filled before the
-first update, by the starting policy; so the age grows from 0 to `staleness` over the first steps and stays there.
+To have something to correct, step n trains on what the policy of step n - 2 sampled (--stale 2, the least that the paper
+studies). The queue is filled before the first update, by the starting policy: the age grows from 0 to 2 and stays there.
 
 Family: ratio
-Differs from cispo.py in: prefix_minimum, surrogate, train
-Costs: nothing per step; `staleness` rollouts more at the start, kept in memory and in the checkpoints.
+Differs from cispo.py in: stale, prefix_minimum, surrogate
+Costs: nothing per step; `stale` rollouts more at the start, kept in memory and in the checkpoints.
 Run:   python algos/minpro.py                                   tiny model, CPU, about a minute
        python algos/minpro.py --model qwen2.5-1.5b              GSM8K on one GPU
        torchrun --nproc-per-node 8 algos/minpro.py --model qwen2.5-7b
@@ -47,6 +47,8 @@ class Args:
     """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
     epochs: int = 1
     """passes over each rollout"""
+    stale: int = 2
+    """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
     """AdamW's rate, constant"""
     weight_decay: float = 0.0
@@ -98,8 +100,6 @@ class Args:
     """the weight is at least 1 - eps_low; 1: no lower bound, which would lift the damped tokens back up"""
     eps_high: float = 4.0
     """the weight is at most 1 + eps_high (as in cispo.py; the paper's value is not known)"""
-    staleness: int = 2
-    """age of the rollouts in steps; 0: on-policy (2 is the least that the paper studies)"""
     hard_clip: bool = False
     """PPO's min and clip on m r instead of the capped constant weight (seen in public code; with intervals of 0.2 and 0.28)"""
 
@@ -182,10 +182,10 @@ def train(args):
         batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 
-        # Staleness: the newest rollout joins the queue, the oldest is trained on; before the first update the queue is filled.
+        # The newest rollout joins the queue, the oldest is trained on.
         batch.policy_version.fill_(step)
         run.queue.append(batch)
-        if len(run.queue) <= args.staleness:
+        if len(run.queue) <= args.stale:
             continue
         batch = run.queue.pop(0)
 

@@ -48,6 +48,8 @@ class Args:
     """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
     epochs: int = 1
     """passes over each rollout"""
+    stale: int = 0
+    """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
     """AdamW's rate, constant"""
     weight_decay: float = 0.0
@@ -216,7 +218,7 @@ def train(args):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
-        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step)
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
         engine.sleep()
         run.state["cursor"] += args.prompts_per_step
         run.timed("rollout")
@@ -227,6 +229,13 @@ def train(args):
         batch.columns["values"], _ = read(critic, batch, args)
         run.timed("old_logp")
 
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
         # Advantages over the whole rollout, of all processes.
         scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, batch.mask, args)
         scores, values, mask = map(gpu.gather, (scores, batch.columns["values"], batch.mask))
@@ -235,6 +244,7 @@ def train(args):
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
         meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
         meter.note(explained_variance=explained_variance(values, returns, mask).item())
         for rows, weights in minibatches(batch, args, step, token_weights, value_weights=batch.mask):
             batch.weights, loss, critic_loss = weights, 0.0, 0.0

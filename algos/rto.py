@@ -50,6 +50,8 @@ class Args:
     """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
     epochs: int | None = None
     """passes over each rollout; None: 2 on the tiny model, else 1 (authors' script)"""
+    stale: int = 0
+    """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
     """AdamW's rate, constant"""
     weight_decay: float = 0.0

@@ -14,8 +14,8 @@ from common.worlds import tiny
 # What a field of Args that was left at None becomes. TINY is the embedded default; the others are chosen by the number of
 # parameters (in billions, up to and including). Rates: 1e-6 is the field's value for full fine-tuning of 1.5B to 32B (arXiv
 # 2503.14476, 2507.18071, 2503.20783). A script's own tiny_preset and real_preset come on top.
-TINY = dict(task="addition", steps=40, prompts_per_step=32, group_size=8, minibatches=8, lr=1e-4, max_new_tokens=28,
-            eval_every=0, checkpoint_every=20, dtype="float32", optimizer="adamw", gradient_checkpointing=False,
+TINY = dict(task="route", steps=120, prompts_per_step=32, group_size=8, minibatches=8, lr=1e-4, max_new_tokens=28,
+            eval_every=20, checkpoint_every=20, dtype="float32", optimizer="adamw", gradient_checkpointing=False,
             micro_batch_tokens=16384)  # fmt: skip
 REAL = dict(task="gsm8k", steps=200, prompts_per_step=128, group_size=8, minibatches=4, lr=1e-6, max_new_tokens=1024,
             eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,

@@ -67,7 +67,7 @@ def test_an_unlikely_token_damps_those_after_it_only():
 
 def test_rollouts_age_in_the_queue_and_survive_a_restart(tmp_path, tiny):
     """Steps train on rollouts of age 0, 1, 2, 2; a run that is continued goes on as if it had not stopped."""
-    small = "--prompts-per-step 4 --minibatches 2 --eval-prompts 4 --staleness 2".split()
+    small = "--prompts-per-step 4 --minibatches 2 --eval-prompts 4 --stale 2".split()
     for argv in (["--steps", 4, "--run-dir", "whole"], ["--steps", 2, "--run-dir", "cut"], ["--steps", 4, "--resume", "cut"]):
         done = run(tmp_path, *small, *argv, script=ROOT / "algos" / "minpro.py")
         assert done.code == 0, done.err
