@@ -278,9 +278,9 @@ def dpo_model(args, config, tokenizer, run):
     return gpu.shard(models.load(start, gpu.device(), trainable=False))
 
 
-def measure(meter, batch, dpo_logp, args):
+def measure(meter, batch, args):
     """The DPO term of a rollout, the share of it at its limit, its sum over a completion, and the KL to the reference."""
-    term = dpo_rewards(dpo_logp, batch.ref_logp, batch.mask, args)
+    term = dpo_rewards(batch.columns["dpo_logp"], batch.ref_logp, batch.mask, args)
     clipped = (term.abs() >= args.dpo_clip).float() * (args.dpo_clip > 0)
     meter.add(dict(dpo_term=term, dpo_clipped=clipped, ref_kl=batch.old_logp - batch.ref_logp), batch.mask)
     meter.add(dict(dpo_sum=term.sum(1)), batch.mask.any(1))
@@ -317,7 +317,7 @@ def train(args):
         # Rollout: P prompts over all processes, G completions each.
         engine.wake()
         prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
-        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step)
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
         engine.sleep()
         run.state["cursor"] += args.prompts_per_step
         run.timed("rollout")
@@ -325,19 +325,27 @@ def train(args):
         # Log-probs of the policy that sampled, of the reference and the DPO model; values of the critic, read in the same way.
         batch.old_logp, _ = read(policy, batch, args)
         batch.ref_logp, _ = read(reference, batch, args)
-        dpo_logp, _ = read(dpo, batch, args)
+        batch.columns["dpo_logp"], _ = read(dpo, batch, args)
         batch.columns["values"], _ = read(critic, batch, args)
         run.timed("old_logp")
 
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
         # Advantages over the whole rollout, of all processes.
-        scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, dpo_logp, batch.mask, args)
+        scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, batch.columns["dpo_logp"], batch.mask, args)
         scores, values, mask = map(gpu.gather, (scores, batch.columns["values"], batch.mask))
         adv, returns = advantages(scores, values, mask, args)
         batch.adv, batch.columns["returns"] = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))
 
         # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
         meter = Meter()
-        measure(meter, batch, dpo_logp, args)
+        meter.note(staleness=step - batch.policy_version[0].item())
+        measure(meter, batch, args)
         meter.note(explained_variance=explained_variance(values, returns, mask).item())
         for rows, weights in minibatches(batch, args, step, token_weights, value_weights=batch.mask):
             batch.weights, loss, critic_loss = weights, 0.0, 0.0

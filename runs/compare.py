@@ -66,7 +66,10 @@ def run(item, seed, extra, share):
     """One run -> its folder."""
     script, data, _, flags = parts(item)
     extra = [*([("--data" if kind(item) == "pairs" else "--task"), data] if data else []), *flags, *extra]
-    name = "-".join([script, str(seed), *[a.lstrip("-").replace("/", "_") for a in extra]])
+    given = [i for i, word in enumerate(extra) if word.startswith("--")]
+    settings = sorted(extra[i:j] for i, j in zip(given, [*given[1:], None]))
+    words = [word.lstrip("-").replace("/", "_") for setting in settings for word in setting]
+    name = "-".join([script, str(seed), *words])
     folder = launch.ROOT / "runs" / "compare" / name
     mark, now = folder / "done", launch.code(script)
     finished = mark.read_text().splitlines() if mark.exists() else []
