@@ -1,17 +1,25 @@
 """DCPO: Dynamic Clipping Policy Optimization. Yang et al., arXiv 2509.02333 (2025).
 
-Idea: a fixed clip interval lets a rare token gain next to no probability and a common one far too much, so each token gets
-its own interval, from its probability under the policy that sampled. Rewards are standardised by a blend of the group's
-statistics and those of all earlier visits to the same prompt, so that a group that is all right or all wrong still trains.
-Completions are averaged over their tokens and then summed, since a mean over the group would blur their differences.
+Idea: a fixed clip interval lets a rare token gain next to no probability and a common one far too much, so
+each token gets its own interval, from its probability under the policy that sampled. Rewards are standardised
+over the group and over all visits to the prompt so far, and the smaller of two blends is the advantage, so
+that a group that is all right or all wrong still trains. Completions are averaged over their tokens and then
+summed, since a mean over the group would blur their differences.
 
-Objective, to be maximised (as reprinted in the authors' README; equation numbers not at hand), with q = pi_old of the token:
+Objective, to be maximised (from the authors' README; equation numbers not at hand), q = pi_old of the token:
     J = sum_i 1/|y_i| sum_t min(r A, clip(r, lo, hi) A),   at least ratio_max A where A < 0
     lo = 1/2 + 1/2 sqrt(max(1 - 4 eps_low / q, 0)),   hi = min(1/2 + 1/2 sqrt(1 + 4 eps_high / q), ratio_max)
         (the roots of |r - 1| r q = eps)
     at the i-th visit to a prompt, A is the smaller in absolute value of
         (i-1)/i A_new + 1/i A_tot   and   1/i A_new + (i-1)/i A_tot,
-    A_new = (R - mean) / std of the group,   A_tot the same with mean and std over all visits, this one included
+    A_new = (R - mean) / std of the group,   A_tot the same over all visits, this one included
+Why a blend: A_new rests on one group. By chance its rewards are all equal, and it is 0, or lopsided, and it
+jumps from visit to visit. A_tot is steadier, but it remembers older policies: once all are right, all still
+look better than usual. Each blend is one of the two with 1/i of the other.
+Why the smaller: where they disagree, one is off, by chance or by age, and the smaller step is the safer one.
+If they have one sign, as for rewards of 0 and 1, A is the smaller of A_new and A_tot with 1/i of the larger.
+Where all rewards of the group are equal, A_new is 0 and A is A_tot / i: it trains, at each visit less. The
+authors name chance alone; that A_tot ages is our reading.
 
 Family: ratio
 Differs from grpo.py in: advantages, bounds, surrogate, token_weights, train
@@ -34,9 +42,13 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own, called with (text, answer) -> score, or (what it read as the answer, score)"""
     prompt_template: str | None = None
     """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """turn of the system in that chat template"""
     seed: int = 1
     """of the prompts' order, the sampling and the minibatches"""
     steps: int | None = None
@@ -52,7 +64,11 @@ class Args:
     stale: int = 0
     """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
-    """AdamW's rate, constant"""
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -61,8 +77,10 @@ class Args:
     """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
     max_new_tokens: int | None = None
     """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
     temperature: float = 1.0
-    """of sampling, and of every log-prob"""
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
     format_reward: float = 0.0
     """added to the reward of a completion that states its answer in a recognised form"""
     engine: Literal["auto", "hf", "vllm"] = "auto"
@@ -79,18 +97,32 @@ class Args:
     """steps between greedy evaluations; 0: only before and after"""
     eval_prompts: int = 512
     """held-out prompts, at most"""
+    eval_samples: int = 0
+    """N completions of each as well: avg@N, their mean, and pass@N, whether one is right; 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """of these N"""
     checkpoint_every: int | None = None
     """steps between checkpoints; 0: only at the end"""
     resume: str | None = None
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """of weights and gradients"""
     optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
     """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
@@ -110,8 +142,8 @@ class Args:
 
 
 def advantages(rewards, prompt_id, stats, args):
-    """[P, G], [P] -> [P, G]: smooth standardisation; 0 where a std is 0. Counts one visit per group in stats, which is
-    {id: (mean, std, visits)} and is changed in place."""
+    """[P, G], [P] -> [P, G]: of two blends the one nearer to 0; a std of 0 makes its part 0. Counts one visit per
+    group in stats, which is {id: (mean, std, visits)} and is changed in place."""
     adv = []
     for R, prompt in zip(rewards, prompt_id.tolist()):
         mean_tot, std_tot, i = stats.get(prompt, (0.0, 0.0, 0))
@@ -168,7 +200,7 @@ def train(args):
 
     args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
     context = models.check_context(config, task, args)
     run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))

@@ -1,28 +1,37 @@
 """DID: Differential Information Distribution. Won, Lee, Hwang, Seo, arXiv 2505.23761 (2025).
 
-Idea: what turns a reference into a policy is a distribution of its own, the normalised ratio of the two. If the rejected
-responses are sampled so that this differential information between reference and rejected sampler is a power of that between
-target and reference, DPO's log-ratio reward, and no other, has the target as its optimum. How spread out the information is
-says what an update does: with little entropy it reinforces few responses, with much it smooths, and typical ones lose.
+Idea: read training as Bayes' rule, with the reference as prior and the trained policy as posterior: q, the
+normalised ratio of the two, is what the evidence says by itself. DPO learns a q from pairs, and the wanted
+one if the rejected responses come from the opposite step, from the reference with the same evidence taken
+away. A concentrated q reinforces a few responses; a spread one smooths the policy, and typical responses lose
+likelihood.
 
-This is an analysis script: the loss is dpo.py's, what is new is measured (derived anew; equation numbers not at hand).
-    q(y) = pi(y) / pi_ref(y) / sum_y' pi(y') / pi_ref(y')          for one prompt: entropies are means over prompts
-    P(y_1 is the chosen one) = sigmoid(beta log q(y_1) - beta log q(y_2))   <=>   pi_l(y) ~ pi_ref(y) (pi_ref(y) / pi*(y))^beta
-    E_ref log pi / pi_ref = -KL(pi_ref || pi) <= 0: the likelihood that the reference's own samples lose
-Part A, exact, on 32 outcomes and before the training: which loss finds pi* when pi_l is built in closed form (recovery.json).
-The expected loss is summed over all pairs of outcomes, so there is no sampling noise. DPO, DPO with a wrong beta and SimPO
-without a margin end at the same loss, and only the first at the target: the loss does not say what was learnt.
-Part B: the language model on a game whose 4,096 responses per prompt can all be listed, hence with exact entropies (did.json).
---projected is the paper's DPO-PG: of the gradient g of the loss, its part against h, the gradient of the chosen responses'
-negative log-likelihood, is taken away where <g, h> < 0:  g - <g, h> / |h|^2 h. Its details are unconfirmed: per minibatch and
-over all weights is ours. AdamW rescales what is left, and other pairs are not asked: chosen responses lose less, not nothing.
+For one prompt (derived anew; equation numbers not at hand), ~ for equality up to a factor common to all y:
+    pi_ref   the reference: frozen, where training starts, and what chosen responses y_w are drawn from
+    pi_l     what rejected responses y_l are drawn from
+    pi, pi*  the policy in training, and the target, which it should become
+    q(y) = pi(y) / pi_ref(y) / sum_y' pi(y') / pi_ref(y'),  so that pi ~ pi_ref q;  q* is that of pi*
+Objective, to be minimised, dpo.py's:  L = mean over pairs of -log sigmoid(beta log q(y_w) - beta log q(y_l))
+    P(y_1 is the chosen one) = sigmoid(log pi_ref/pi_l (y_1) - log pi_ref/pi_l (y_2)),  as pairs are made
+                             = sigmoid(beta log q(y_1) - beta log q(y_2)),              as DPO fits it
+    the two agree at q*, and DPO ends at pi*, if and only if  pi_l ~ pi_ref / q*^beta
+    E_ref log pi* / pi_ref = -KL(pi_ref || pi*) <= 0:  then chosen responses lose likelihood, on average
+Part A, exact, on 32 outcomes, before the training: which loss finds pi* with that pi_l (recovery.json)? DPO,
+DPO with a wrong beta and SimPO without a margin end at the same loss, and only the first at pi*: the loss
+does not say what was learnt.
+Part B, a language model, after the training: exact entropies of pi and q on a game whose 4,096 responses per
+prompt can all be listed (did.json). Here a reward labels the pairs; there is no pi_l.
+--projected, the default, is the paper's DPO-PG: where <g, h> < 0, with g the gradient of the loss and h that
+of the chosen responses' negative log-likelihood, an update would make them less likely, and
+g - <g, h> / |h|^2 h takes the place of g. Unconfirmed; per minibatch and over all weights is ours. AdamW
+rescales what is left, and other pairs are not asked: chosen responses lose less, not nothing.
 
 Family: preference
 Differs from dpo.py in: project, train
-Measures: differential_information, rejected_sampler, entropy, divergence, spread, recovery, measure_losses, sampled_entropy,
-    measure
-Costs: --projected: a forward and backward pass of the chosen responses and a second gradient in memory. Part A takes seconds.
-       No official code is public.
+Measures: differential_information, rejected_sampler, entropy, divergence, spread, recovery, measure_losses,
+    sampled_entropy, measure
+Costs: --projected: a forward and backward pass of the chosen responses and a second gradient in memory. Part
+       A takes seconds. No official code is public.
 Run:   python algos/did.py                                               tiny model, CPU, about a minute
        python algos/did.py --no-projected                                DPO itself, measured
        python algos/did.py --model qwen2.5-1.5b-instruct --beta 0.1      UltraFeedback on one GPU
@@ -52,7 +61,11 @@ class Args:
     ref: Literal["cached", "live"] = "cached"
     """log-probs of the reference: computed once and kept in the run folder, or by a frozen model in every step"""
     lr: float | None = None
-    """AdamW's rate, constant"""
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -75,12 +88,22 @@ class Args:
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """of weights and gradients"""
     optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
     """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
@@ -151,7 +174,7 @@ def differential_information(logp, ref_logp):
 
 
 def rejected_sampler(ref_logp, target_logp, beta):
-    """[..., K] each -> log pi_l [..., K], with which pairs of pi_ref and pi_l prefer as beta log q of target to reference."""
+    """[..., K] each -> log pi_l [..., K], pi_ref / q*^beta normalised: with it DPO's optimum is the target."""
     return (ref_logp + beta * (ref_logp - target_logp)).log_softmax(-1)
 
 

@@ -30,9 +30,13 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own, called with (text, answer) -> score, or (what it read as the answer, score)"""
     prompt_template: str | None = None
     """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """turn of the system in that chat template"""
     seed: int = 1
     """of the prompts' order, the sampling and the minibatches"""
     steps: int | None = None
@@ -48,7 +52,11 @@ class Args:
     stale: int = 0
     """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
-    """AdamW's rate, constant"""
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -57,8 +65,10 @@ class Args:
     """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
     max_new_tokens: int | None = None
     """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
     temperature: float = 1.0
-    """of sampling, and of every log-prob"""
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
     format_reward: float = 0.0
     """added to the reward of a completion that states its answer in a recognised form"""
     engine: Literal["auto", "hf", "vllm"] = "auto"
@@ -75,18 +85,32 @@ class Args:
     """steps between greedy evaluations; 0: only before and after"""
     eval_prompts: int = 512
     """held-out prompts, at most"""
+    eval_samples: int = 0
+    """N completions of each as well: avg@N, their mean, and pass@N, whether one is right; 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """of these N"""
     checkpoint_every: int | None = None
     """steps between checkpoints; 0: only at the end"""
     resume: str | None = None
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """of weights and gradients"""
     optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
     """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
@@ -145,7 +169,7 @@ def train(args):
 
     args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
     context = models.check_context(config, task, args)
     run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))

@@ -1,12 +1,16 @@
 """SAPO: Soft Adaptive Policy Optimization. Gao et al., Qwen Team, arXiv 2511.20347 (2025).
 
-Idea: GRPO's clip is a cliff: inside the interval a token counts fully, outside it not at all. SAPO replaces the cliff by a
-smooth gate on the ratio, 1 at r = 1 and falling off on both sides, so that every token keeps some gradient. A negative
-advantage gets a slightly steeper gate, since it pushes probability onto all the tokens that were not sampled.
+Idea: GRPO's clip is a cliff: inside the interval a token counts fully, outside it not at all. SAPO sends the
+ratio through a sigmoid, the gate, instead: the weight of a token's gradient is then 1 at r = 1 and falls off
+smoothly on both sides, so that every token keeps some of it. Where the advantage is negative the gate is a
+little steeper and the weight falls off faster, since such a token pushes probability onto all those that were
+not sampled.
 
 Objective, to be maximised (as transcribed in TRL's documentation; equation numbers not at hand):
-    J = 1/B sum_i 1/|y_i| sum_t f(r) A,   f(r) = 4 / tau * sigmoid(tau (r - 1)),   tau = tau_pos if A > 0 else tau_neg
-    gradient per token:  sech^2(tau/2 (r - 1)) r A   (on-policy: that of the unclipped objective, for every tau)
+    J = 1/B sum_i 1/|y_i| sum_t 4/tau g A,   g = sigmoid(tau (r - 1)) the gate,   r = pi / pi_old
+    tau = tau_pos if A > 0 else tau_neg
+    gradient per token:  w r A,   w = 4 g (1 - g) = sech^2(tau/2 (r - 1)) the weight, logged as gate_weight
+    on policy w = 1 for every tau, which is what 4/tau is for: the gradient is that of the unclipped objective
 
 Family: ratio
 Differs from grpo.py in: surrogate
@@ -29,9 +33,13 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own, called with (text, answer) -> score, or (what it read as the answer, score)"""
     prompt_template: str | None = None
     """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """turn of the system in that chat template"""
     seed: int = 1
     """of the prompts' order, the sampling and the minibatches"""
     steps: int | None = None
@@ -47,7 +55,11 @@ class Args:
     stale: int = 0
     """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
     lr: float | None = None
-    """AdamW's rate, constant"""
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -56,8 +68,10 @@ class Args:
     """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
     max_new_tokens: int | None = None
     """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
     temperature: float = 1.0
-    """of sampling, and of every log-prob"""
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
     format_reward: float = 0.0
     """added to the reward of a completion that states its answer in a recognised form"""
     engine: Literal["auto", "hf", "vllm"] = "auto"
@@ -74,18 +88,32 @@ class Args:
     """steps between greedy evaluations; 0: only before and after"""
     eval_prompts: int = 512
     """held-out prompts, at most"""
+    eval_samples: int = 0
+    """N completions of each as well: avg@N, their mean, and pass@N, whether one is right; 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """of these N"""
     checkpoint_every: int | None = None
     """steps between checkpoints; 0: only at the end"""
     resume: str | None = None
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """of weights and gradients"""
     optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
     """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None
@@ -114,9 +142,9 @@ def surrogate(logp, old_logp, adv, mask, args):
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     tau = torch.where(adv > 0, args.tau_pos, args.tau_neg)
-    gate = torch.sigmoid(tau * (ratio - 1))
+    gate = torch.sigmoid(tau * (ratio - 1))  # g
     objective = 4 / tau * gate * adv
-    return objective, dict(gate_weight=4 * gate * (1 - gate))
+    return objective, dict(gate_weight=4 * gate * (1 - gate))  # w
 
 
 def token_weights(mask, args):
@@ -141,7 +169,7 @@ def train(args):
 
     args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
-    task = tasks.load(args.task, tokenizer, args.prompt_template)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
     context = models.check_context(config, task, args)
     run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
     policy = gpu.shard(models.load(args, device))

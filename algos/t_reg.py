@@ -44,7 +44,11 @@ class Args:
     ref: Literal["cached", "live"] = "cached"
     """log-probs of the reference: computed once and kept in the run folder, or by a frozen model in every step"""
     lr: float | None = None
-    """AdamW's rate, constant"""
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -67,12 +71,22 @@ class Args:
     """run folder to continue"""
     run_dir: str | None = None
     """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """of weights and gradients"""
     optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
     """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
     lora_rank: int = 0
     """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
     gradient_checkpointing: bool | None = None
     """recompute activations in the backward pass"""
     micro_batch_tokens: int | None = None

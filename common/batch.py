@@ -231,7 +231,7 @@ class Meter:
                 self.extremes[name] = max(self.extremes.get(name, -math.inf), best)
             else:
                 s, n = self.sums.get(name, (0.0, 0))
-                self.sums[name] = s + value.double().sum().item(), n + value.numel()
+                self.sums[name] = s + gpu.double(value).sum().item(), n + value.numel()
 
     def result(self):
         """{name: number}. A collective."""

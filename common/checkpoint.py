@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 
+import huggingface_hub
 import torch
 from torch.distributed.checkpoint import state_dict as dcp
 
@@ -26,6 +27,7 @@ def save(run, policy, optimizer):
     saved = dict(state=run.state, queue=gpu.gather_objects(run.queue))
     saved["own"] = {k: gpu.whole(v).cpu() for k, v in policy.state_dict().items() if not lm or ".lora_" in k}
     saved["optimizer"] = dcp.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    saved["schedules"] = [schedule.state_dict() for schedule in run.schedules]
     for name, pair in run.extra.items():
         saved[name] = dcp.get_state_dict(*pair, options=WHOLE)
     if not run.main or folder.exists():
@@ -39,6 +41,26 @@ def save(run, policy, optimizer):
         (scratch / "manifest.json").write_text(json.dumps(dict(model=_key(policy), files=sums)))
     for old in _all(run.dir)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def may_push(repository):
+    """UserError, before a run has cost anything, where a model could not be pushed there: no owner/name, no token."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--push-to-hub {repository}: needs owner/name")
+    if huggingface_hub.get_token() is None:
+        raise UserError(f"--push-to-hub {repository}: there is no token for the hub here; log in with: hf auth login")
+
+
+def push(run):
+    """The run's last checkpoint, as a model that transformers loads, to args.push_to_hub on the hub: private, made if it is
+    not there. UserError where that fails."""
+    folder, repository = _all(run.dir)[-1], run.args.push_to_hub
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["state.pt", "manifest.json"])
+    except Exception as error:
+        raise UserError(f"--push-to-hub {repository}: {reason(error)}; the model is in {folder}") from None
 
 
 def find(run):
@@ -73,6 +95,8 @@ def restore(run, found, policy, optimizer):
     weights = saved["own"] or {f"lm.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
     dcp.set_model_state_dict(policy, weights, options=WHOLE)
     dcp.set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
+    for schedule, state in zip(run.schedules, saved.get("schedules", ())):
+        schedule.load_state_dict(state)
     for name, pair in run.extra.items():
         weights, states = saved[name]
         dcp.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=states, options=WHOLE)

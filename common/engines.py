@@ -22,9 +22,9 @@ def make_engine(policy, tokenizer, args, context, hf_only=""):
         raise UserError(f"--engine vllm: this script needs {hf_only}, which vLLM cannot give; use --engine hf")
     if args.engine == "vllm" and not installed:
         raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
-    if args.engine == "vllm" or args.engine == "auto" and installed and torch.cuda.is_available() and not hf_only:
+    if args.engine == "vllm" or args.engine == "auto" and installed and gpu.device().type == "cuda" and not hf_only:
         return VLLM(policy, tokenizer, args, context)
-    return HF(policy, tokenizer)
+    return HF(policy, tokenizer, stop=vars(args).get("stop", ()))
 
 
 def draw(logits, uniform, temperature):
@@ -33,7 +33,7 @@ def draw(logits, uniform, temperature):
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
     tokens = logp.argmax(-1, keepdim=True)
     if temperature:
-        cdf = logp.exp().cumsum(-1, dtype=torch.float64)
+        cdf = logp.exp().cumsum(-1, dtype=uniform.dtype)
         tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True).clamp_(max=logits.shape[1] - 1)
     return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1)
 
@@ -96,8 +96,8 @@ class HF:
 
     name = "hf"
 
-    def __init__(self, policy, tokenizer, rows=1024):
-        self.policy, self.tokenizer, self.rows = policy, tokenizer, rows
+    def __init__(self, policy, tokenizer, rows=1024, stop=()):
+        self.policy, self.tokenizer, self.rows, self.stop = policy, tokenizer, rows, stop
         self.device, self.end = gpu.device(), end_tokens(policy.lm, tokenizer)
         self.lm = policy.lm
         if gpu.world() > 1:
@@ -119,8 +119,9 @@ class HF:
 
     @torch.no_grad()
     def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
-        """-> for every prefix its n completions, each (token ids with the EOS, their log-probs, ended by EOS). A prefix is any
-        list of token ids, the beginning of a completion included; max_new_tokens is a number, or a list of one per prefix."""
+        """-> for every prefix its n completions, each (token ids with the EOS, their log-probs, ended by EOS or a stop string,
+        which stays in it). A prefix is any list of token ids, the beginning of a completion included; max_new_tokens is a
+        number, or a list of one per prefix."""
         out, per_call = [], max(1, self.rows // n)
         budgets = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prefixes)
         with self.whole() as lm:
@@ -152,10 +153,12 @@ class HF:
         for i, (seed, most) in enumerate(zip(seeds, budgets)):  # the CPU's numbers, so that every device draws the same
             stream = torch.Generator().manual_seed(seed)
             uniform[n * i : n * i + n, :most] = torch.rand(n, most, dtype=torch.float64, generator=stream)
+        uniform = uniform.float() if self.device.type == "mps" else uniform
         uniform, end = uniform.to(self.device), torch.tensor(self.end, device=self.device)
         limit = torch.tensor(budgets, device=self.device).repeat_interleave(n)
         tokens, logp = torch.full((B, T), pad, device=self.device), torch.zeros(B, T, device=self.device)
         lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad)
+        ended = limit > limit
         going = (limit > 0).nonzero().squeeze(-1)
         while len(going):
             if len(going) < len(decoder.rows):
@@ -165,9 +168,18 @@ class HF:
                 decoder.feed(tokens[rows, t - 1])
             tokens[rows, t], logp[rows, t] = draw(decoder.logits, uniform[rows, t], temperature)
             lengths[rows] = t + 1
-            going = (~torch.isin(tokens[rows, t], end) & (t + 1 < limit[rows])).nonzero().squeeze(-1)
-        found = zip(*(x.tolist() for x in (tokens, logp, lengths)))
-        return [(y[:k], p[:k], k > 0 and y[k - 1] in self.end) for y, p, k in found]
+            ended[rows] = torch.isin(tokens[rows, t], end) | self._stopped(tokens[rows, : t[0] + 1])
+            going = (~ended[rows] & (t + 1 < limit[rows])).nonzero().squeeze(-1)
+        found = zip(*(x.tolist() for x in (tokens, logp, lengths, ended)))
+        return [(y[:k], p[:k], done) for y, p, k, done in found]
+
+    def _stopped(self, tokens):
+        """[b, t] -> [b] bool, or False: which of the completions so far end in a stop string. A token is a byte at least."""
+        if not self.stop:
+            return False
+        width = max(len(s.encode()) for s in self.stop) + 1
+        texts = self.tokenizer.batch_decode(tokens[:, -width:])
+        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=self.device)
 
 
 class VLLM:
@@ -185,13 +197,15 @@ class VLLM:
         if not vllm.__version__.startswith("0.32."):
             print(f"note: vLLM {vllm.__version__} is not the tested 0.32; if it misbehaves: --engine hf", flush=True)
         self.policy, self.device, self.end = policy, gpu.device(), end_tokens(policy.lm, tokenizer)
+        self.stop = list(vars(args).get("stop", ()))
         self.cuda, self.asleep, self.tp = self.device.type == "cuda", set(), args.vllm_tp
         if gpu.world() % self.tp:
             raise UserError(f"--vllm-tp {self.tp}: {gpu.world()} processes cannot be shared out in groups of {self.tp}")
         with tempfile.TemporaryDirectory() as folder:  # shapes only: the weights come by sync()
             policy.lm.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
             self.llm = vllm.LLM(
-                model=folder, skip_tokenizer_init=True, load_format="dummy", dtype=args.dtype,
+                model=folder, skip_tokenizer_init=not self.stop, load_format="dummy", dtype=args.dtype,
                 max_model_len=context, tensor_parallel_size=self.tp, logprobs_mode="processed_logprobs",
                 enable_prefix_caching=True, distributed_executor_backend="external_launcher" if gpu.world() > 1 else "uni",
                 gpu_memory_utilization=args.vllm_memory, enforce_eager=not self.cuda, enable_sleep_mode=self.cuda,
@@ -234,8 +248,9 @@ class VLLM:
             before = sum(len(p) for p, *_ in group[: gpu.rank() - first])
             mine = slice(before, before + len(prefixes))
             prefixes, seeds, budgets = ([x for part in group for x in part[i]] for i in range(3))
-        shared = dict(n=n, temperature=temperature, logprobs=0, stop_token_ids=self.end, detokenize=False)
+        shared = dict(n=n, temperature=temperature, logprobs=0, stop_token_ids=self.end, detokenize=bool(self.stop))
+        shared |= dict(stop=self.stop, include_stop_str_in_output=True) if self.stop else {}
         params = [SamplingParams(max_tokens=most, seed=s % 2**31, **shared) for s, most in zip(seeds, budgets)]
         done = self.llm.generate([{"prompt_token_ids": p} for p in prefixes], params, use_tqdm=False)
-        out = [(list(c.token_ids), c.logprobs) for request in done[mine] for c in request.outputs]
-        return [(y, [law[token].logprob for token, law in zip(y, laws)], y[-1] in self.end) for y, laws in out]
+        out = [(list(c.token_ids), c) for request in done[mine] for c in request.outputs]
+        return [(y, [law[t].logprob for t, law in zip(y, c.logprobs)], c.finish_reason == "stop") for y, c in out]

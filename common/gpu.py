@@ -17,16 +17,28 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_kind = None  # of device(); None: cuda where there is one, else cpu
+
+
+def choose(kind):
+    """Makes every device() of this process of this kind: auto, cpu, cuda or mps. UserError where torch finds none."""
+    global _kind
+    there = dict(auto=True, cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not there[kind]:
+        raise UserError(f"--device {kind}: torch finds none here; there is: {', '.join(k for k in there if there[k])}")
+    _kind = None if kind == "auto" else kind
+
+
 def device():
-    if torch.cuda.is_available():
+    if (_kind or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    return torch.device(_kind or "cpu")
 
 
 def init(args):
     """Joins torchrun's process group, if any, seeds torch, and shares the CPU's cores out among the local processes. Returns
     the device. Raises UserError where a number called *_per_step, over all processes, cannot be shared evenly by them."""
-    cuda = torch.cuda.is_available()
+    cuda = device().type == "cuda"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(device())
@@ -61,6 +73,11 @@ def total(value, op=dist.ReduceOp.SUM):
 def maximum(value):
     """Maximum over ranks of a number, of the same type."""
     return type(value)(total(value, dist.ReduceOp.MAX))
+
+
+def double(tensor):
+    """float64, on the CPU where the device has none (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def gather(tensor):

@@ -20,7 +20,7 @@ def memory_plan(config, args, n_parameters, context, trained=1, frozen=0, capaci
     size = getattr(torch, args.dtype).itemsize
     H, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     head = getattr(config, "head_dim", None) or H // config.num_attention_heads
-    plan, cuda = dict(weights=(trained + frozen) * n_parameters * size / ranks), torch.cuda.is_available()
+    plan, cuda = dict(weights=(trained + frozen) * n_parameters * size / ranks), gpu.device().type == "cuda"
     if trained:
         learnt = 2 * args.lora_rank * 7 * 2 * H * L if args.lora_rank else n_parameters
         state = 2 + 2 * 4 / 256 if args.optimizer == "adamw_8bit" else 2 * size  # 8 bits have a scale for 256

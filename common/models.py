@@ -113,8 +113,13 @@ def load(args, device, trainable=True, warm=None):
     if trainable and args.lora_rank:
         import peft
 
-        layers = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear")
-        lm = peft.inject_adapter_in_model(layers, lm)
+        names = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+        alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+        try:
+            lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names), lm)
+        except ValueError:
+            known = sorted({n.rpartition(".")[2] for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
+            raise UserError(f"--lora-targets {args.lora_targets}: the model's linear layers are {', '.join(known)}") from None
     if trainable and args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     lm.train(trainable)

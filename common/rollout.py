@@ -2,7 +2,8 @@
 
 import torch
 
-from common import UserError, gpu, rewards
+from common import UserError, gpu
+from common.answers import has_format
 from common.batch import collate
 
 
@@ -31,7 +32,7 @@ def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None,
     accuracy = torch.tensor(scores).masked_fill(truncated, 0.0)
     reward = accuracy.clone()
     if args.format_reward:
-        reward += args.format_reward * torch.tensor([rewards.has_format(t) for t in texts]).float()
+        reward += args.format_reward * torch.tensor([has_format(t) for t in texts]).float()
     ids = torch.tensor([examples[i].id for i in owner])
     found = dict(sampler_logp=logp, truncated=truncated, accuracy=accuracy, reward=reward, prompt_id=ids)
     for name, value in (found | dict(policy_version=torch.full((B,), step))).items():
@@ -44,16 +45,29 @@ def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None,
 
 
 def evaluate(engine, scorer, tokenizer, task, args):
-    """Greedy accuracy on args.eval_prompts held-out examples, over all ranks -> {greedy_accuracy, prompts}."""
+    """On args.eval_prompts held-out examples, over all ranks -> {greedy_accuracy, prompts}; with args.eval_samples N also, of N
+    completions each at args.eval_temperature, avg@N, their mean, and pass@N, the mean of each prompt's best."""
     examples = task.test[: args.eval_prompts]
-    mine = examples[gpu.rank() :: gpu.world()]
+    numbers = range(gpu.rank(), len(examples), gpu.world())
+
+    def scores(n, temperature):
+        """[prompts of this rank, n]. The noise is the same at every evaluation."""
+        seeds = [gpu.hash_seed(args.seed, i, 13) for i in numbers]
+        out = engine.generate([examples[i].ids for i in numbers], n, args.max_new_tokens, temperature, seeds)
+        texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True)
+        _, found = scorer(texts, [examples[i].answer for i in numbers for _ in range(n)])
+        return torch.tensor([s * ended for s, (_, _, ended) in zip(found, out)], dtype=torch.float64).view(-1, n)
+
+    def mean(values):
+        return gpu.total(values.sum().item()) / len(examples)
+
     engine.wake()
-    out = engine.generate([e.ids for e in mine], 1, args.max_new_tokens, 0.0, [0] * len(mine))
+    values, n = dict(greedy_accuracy=mean(scores(1, 0.0))), args.eval_samples
+    if n:
+        sampled = scores(n, args.eval_temperature)
+        values |= {f"avg@{n}": mean(sampled.mean(1)), f"pass@{n}": mean(sampled.max(1).values)}
     engine.sleep()
-    texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True)
-    _, scores = scorer(texts, [e.answer for e in mine])
-    right = sum(s for s, (_, _, ended) in zip(scores, out) if ended)
-    return dict(greedy_accuracy=gpu.total(right) / len(examples), prompts=len(examples))
+    return values | dict(prompts=len(examples))
 
 
 def diagnostics(logp, mb, entropy):
@@ -67,7 +81,7 @@ def diagnostics(logp, mb, entropy):
 def summary(batch):
     """Means over the completions of all ranks. Raises UserError where the sampler's log-probs are not those of the policy
     that it should have had: weights that did not reach the engine, or another temperature."""
-    gap = ((batch.old_logp - batch.sampler_logp).abs() * batch.trained).double().sum().item()
+    gap = gpu.double((batch.old_logp - batch.sampler_logp).abs() * batch.trained).sum().item()
     gap = gpu.total(gap) / max(1, gpu.total(int(batch.trained.sum())))
     if gap > 0.5:  # NaN passes: Run.finite has a clearer word for it
         raise UserError(
@@ -78,7 +92,7 @@ def summary(batch):
     spread = groups.max(1).values - groups.min(1).values
     values = dict(reward=batch.reward, accuracy=batch.accuracy, length=batch.mask.sum(1).float())
     values |= dict(truncated=batch.truncated.float(), informative_groups=(spread > 1e-6).float(), adv_mean=batch.adv.mean(1))
-    out = {k: gpu.total(v.double().sum().item()) / gpu.total(v.numel()) for k, v in values.items()}
+    out = {k: gpu.total(gpu.double(v).sum().item()) / gpu.total(v.numel()) for k, v in values.items()}
     out["reward_timeouts"] = gpu.total(batch.timeouts)
     out["adv_max"], out["adv_min"] = gpu.maximum(batch.adv.max().item()), -gpu.maximum(-batch.adv.min().item())
     return out

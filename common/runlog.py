@@ -1,8 +1,10 @@
 """Runs that can be watched, compared and survived: folder, steps, metrics, samples, the bar, stop and resume."""
 
 import dataclasses
+import importlib
 import json
 import math
+import random
 import signal
 import subprocess
 import sys
@@ -30,10 +32,12 @@ class Run:
         self.name, world = Path(script).stem, tasks.world(tasks.source(args))
         self.measure = world.measure if world else "accuracy"  # what accuracy is called in words: a gold reward is a score
         self.state, self.queue, self.extra, self.after = dict(step=0, cursor=0, skipped=0), [], {}, None
-        self.bad_in_a_row, self.clock, self.times = 0, time.perf_counter(), {}
+        self.bad_in_a_row, self.clock, self.times, self.schedules, self.tracker = 0, time.perf_counter(), {}, [], None
         self.total = vars(args).get("steps", vars(args).get("items"))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.dir = Path(args.resume or args.run_dir or ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
+        if vars(args).get("push_to_hub"):
+            checkpoint.may_push(args.push_to_hub)
         self.found = checkpoint.find(self) if args.resume else None
         start = self.found[2]["state"]["step"] if self.found else 0
         if self.main:
@@ -45,10 +49,25 @@ class Run:
             if config is not None and args.model not in tiny.SHAPES:
                 _, size = models.architecture(args)
                 print(memory.explain_plan(config, args, size, context, trained=trained, frozen=frozen), flush=True)
+            self._track()
+            if world and world.demonstrate:
+                shown = world.test[0]
+                right = world.demonstrate(random.Random(0), shown, 1.0)
+                print(f"task {world.name}: {shown.prompt!r} -> {right!r}", flush=True)
             print(f"run folder {self.dir}", flush=True)
             self.bar = tqdm(total=self.total, initial=start, desc=self.name, disable=None, dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
+
+    def _track(self):
+        """Joins trackio or wandb, whose functions have the same names, where args.tracker asks for one."""
+        name = vars(self.args).get("tracker", "none")
+        if name != "none":
+            try:
+                self.tracker = importlib.import_module(name)
+            except ImportError:
+                raise UserError(f"--tracker {name}: it is not installed (pip install {name})") from None
+            self.tracker.init(project="one-paper-one-file", name=self.dir.name, config=vars(self.args))
 
     def _write_config(self, config, start):
         import transformers
@@ -71,7 +90,9 @@ class Run:
             raise UserError(f"cannot write to the run folder {self.dir}: {error.strerror or error}") from None
 
     def restore(self, policy, optimizer):
-        """Loads weights, optimizer and state of the checkpoint found at the start, if the run is a resumed one."""
+        """Starts the schedules of the optimizers, and loads weights, optimizer and state of the checkpoint found at the start,
+        if the run is a resumed one."""
+        self.schedules = _schedules([optimizer, *(o for _, o in self.extra.values())], self.args)
         if self.found:
             self.state = self.found[2]["state"]
             checkpoint.restore(self, self.found, policy, optimizer)
@@ -127,24 +148,28 @@ class Run:
             sentence = sentence or f"{change} on {self.after['prompts']} held-out prompts"
         if sentence:
             self._close(sentence)
+            if self.main and vars(self.args).get("push_to_hub"):
+                checkpoint.push(self)
 
     def _close(self, sentence):
         if self.main:
             for part in (self.bar, self.board, self.metrics, self.evals, self.samples):
                 part.close()
+            if self.tracker:
+                self.tracker.finish()
             print(sentence, flush=True)
 
     def timed(self, stage):
         """Seconds since the last call go to `stage`."""
-        if torch.cuda.is_available():
+        if gpu.device().type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.times[stage] = self.times.get(stage, 0.0) + now - self.clock
         self.clock = now
 
     def log(self, metrics, batch):
-        """Ends a step with a Batch of completions: write(), and the first prompt's into samples.jsonl, now and then two of
-        them on the terminal. `metrics` are plain numbers."""
+        """Ends a step with a Batch of completions: write(), and the first prompt's into samples.jsonl, every 20 steps token by
+        token, now and then two of them on the terminal. `metrics` are plain numbers."""
         tokens, t = int(gpu.total(int(batch.mask.sum()))), self.times
         metrics["time/rollout_tokens_per_s"] = tokens / max(t.get("rollout", 0.0), 1e-9)
         metrics["time/update_tokens_per_s"] = tokens * self.args.epochs / max(t.get("update", 0.0), 1e-9)
@@ -156,15 +181,29 @@ class Run:
             text, reward = batch.texts[i], batch.reward[i].item()
             row = dict(step=self.state["step"], prompt_id=int(batch.prompt_id[i]), completion=text, answer=batch.answers[i],
                        reward=reward, truncated=bool(batch.truncated[i]))  # fmt: skip
+            if self.state["step"] % 20 == 1:
+                row |= self._by_token(batch, i)
             self.samples.write(json.dumps(row) + "\n")
             if i < 2 and self.aloud:
                 text = text if len(text) < 300 else f"{text[:140]} ... {text[-140:]}"
                 self.bar.write(f"             reward {reward:.1f}  {text!r}")
 
+    def _by_token(self, batch, i):
+        """What samples.jsonl has of every token of row i: its text, and the columns [B, T] by name."""
+        of = {"logp": batch.old_logp, "adv": batch.adv} | batch.columns
+        ids = batch.ids[i, -batch.mask.shape[1] :][batch.mask[i]]
+        tokens = [self.tokenizer.decode([token]) for token in ids.tolist()]
+        numbers = {k: x[i][batch.mask[i]] for k, x in of.items() if x is not None and x.shape == batch.mask.shape}
+        return dict(tokens=tokens, columns={k: [round(v, 4) for v in x.tolist()] for k, x in numbers.items()})
+
     def write(self, metrics, tokens, keys):
         """Ends a step: its metrics and timing to file and TensorBoard, and to the bar those of them that `keys` {metric: its
         short name} names. `tokens`: trained on, of all ranks."""
         self.state["step"] += 1
+        if self.schedules:
+            metrics = dict(metrics, lr=float(self.schedules[0].get_last_lr()[0]))
+        for schedule in self.schedules:
+            schedule.step()
         seconds = sum(self.times.values())
         metrics = dict(metrics, tokens=tokens, skipped_updates=self.state["skipped"])
         metrics |= {f"time/{stage}": t for stage, t in self.times.items()}
@@ -187,7 +226,9 @@ class Run:
             numbers = {k: v for k, v in values.items() if k != "prompts"}
             self._record(self.evals, numbers, prompts=values["prompts"])
             text = ", ".join(f"{self._words(k)} {v:.3g}" for k, v in numbers.items())
-            self.bar.write(f"  step {step:>4}  {text} on {values['prompts']:,} held-out prompts")
+            first = next(iter(numbers.values()))
+            curve = "#" * round(40 * first) if self.measure == "accuracy" and 0 <= first <= 1 else ""
+            self.bar.write(f"  step {step:>4}  {text} on {values['prompts']:,} held-out prompts  {curve}")
         return values
 
     def _record(self, file, numbers, **more):
@@ -196,7 +237,24 @@ class Run:
         file.write(json.dumps(dict(step=self.state["step"], **line, **more)) + "\n")
         for name, value in numbers.items():
             self.board.add_scalar(name, value, self.state["step"])
+        if self.tracker:
+            self.tracker.log(numbers, step=self.state["step"])
 
     def _words(self, name):
         """A number's name in words."""
         return name.replace("_", " ").replace("greedy accuracy", f"greedy {self.measure}")
+
+
+def _schedules(optimizers, args):
+    """The rate of each optimizer over the run's steps: up over args.warmup_steps of them, then args.lr_schedule, which falls to
+    0 at the last (linear, cosine). None are made for a constant rate."""
+    warm, left = vars(args).get("warmup_steps", 0), vars(args).get("steps")
+    kind = vars(args).get("lr_schedule", "constant")
+
+    def rate(step):
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        gone = min(1.0, (step - warm) / max(1, left - warm))
+        return dict(constant=1.0, linear=1.0 - gone, cosine=(1 + math.cos(math.pi * gone)) / 2)[kind]
+
+    return [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers if warm or kind != "constant"]

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from common import UserError, gpu, models, tasks
 from common.worlds import tiny
 
@@ -35,19 +37,22 @@ KINDS = dict(pairs_per_step=(
 COUNTS = """prompts_per_step pairs_per_step group_size minibatches epochs max_new_tokens micro_batch_tokens eval_prompts
             vllm_tp""".split()
 LIMITS = dict.fromkeys(COUNTS, "1 <= x") | dict(vllm_memory="0 < x <= 1")
+LIMITS |= dict(lora_alpha="0 < x", eval_temperature="0 < x")
 LIMITS["temperature"] = "0 < x: a greedy policy has nothing to learn from"
-MAY_CHANGE = "resume run_dir steps eval_every checkpoint_every engine vllm_memory vllm_tp micro_batch_tokens".split()
+MAY_CHANGE = """resume run_dir steps eval_every eval_samples eval_temperature checkpoint_every engine vllm_memory vllm_tp
+                micro_batch_tokens device tracker push_to_hub""".split()
 
 
 def prepare(script, args, warm=None):
     """-> (args with every field filled in, the model's config or None, the device). Joins the process group, prints what
     will run. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
+    gpu.choose(vars(args).get("device", "auto"))
     if args.resume:
         args = inherit(Path(script).stem, args)
     args, config = resolve(args, warm)
     device = gpu.init(args)
     if gpu.rank() == 0:
-        print(f"{Path(script).stem}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None), flush=True)
+        print(f"{Path(script).stem}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, ())), flush=True)
     return args, config, device
 
 
@@ -63,6 +68,11 @@ def resolve(args, warm=None):
         preset = preset | (kind[not small] if field in fields else {})
     if preset["optimizer"] == "adamw_8bit" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         preset = preset | dict(optimizer="adamw_sr")  # sharded states need no 8 bits, and torchao's cannot be sharded
+    emulated = gpu.device().type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if preset["dtype"] == "bfloat16" and emulated:  # a T4, a V100
+        preset = preset | dict(dtype="float32", optimizer="adamw")
+        if fields.get("dtype", "") is None and gpu.rank() == 0:
+            print("note: this GPU has no bfloat16 of its own: --dtype float32, --optimizer adamw by default", flush=True)
     own = getattr(args, "tiny_preset" if small else "real_preset", {})
     source = "task" if "task" in fields else "data"
     world = warm or tasks.world(fields.get(source) or (preset | own).get(source)) if small else None
@@ -112,6 +122,7 @@ def inherit(script, args):
         raise UserError(f"--resume {args.resume}: that is a run of {of}.py, not of {script}.py")
     for f in dataclasses.fields(args):
         given, old = getattr(args, f.name), kept.get(f.name, f.default)
+        old = tuple(old) if isinstance(old, list) else old
         if given == f.default and f.name not in ("resume", "run_dir"):
             setattr(args, f.name, old)
         elif given != old and f.name not in MAY_CHANGE:

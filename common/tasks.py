@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import UserError, reason, rewards
+from common import UserError, answers, reason, rewards
 
 WORLDS = sorted(p.stem for p in (Path(__file__).parent / "worlds").glob("*.py") if p.stem not in ("__init__", "tiny"))
 CHAT_TEMPLATE = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -52,6 +52,8 @@ class Task:
     reward: Callable | None = None  # (prompt, text) -> the true reward
     worth: Callable | None = None  # (prompt, text) -> that of every character
     responses: Callable | None = None  # () -> every response there is, where they can be listed
+    tier: Callable | None = None  # (example) -> how hard it is
+    chance: Callable | None = None  # (example) -> how often a random completion is right
 
     def order(self, cursor, n, seed):
         """The n training examples from position `cursor` on: every epoch is a new permutation drawn from (seed, epoch)."""
@@ -137,7 +139,7 @@ def from_hub(name, repository, parts):
     return from_rows(name, *rows)
 
 
-def from_rows(name, train, test, n_test=HELD_OUT, check=rewards.maths, template=CHAT_TEMPLATE):
+def from_rows(name, train, test, n_test=HELD_OUT, check=answers.maths, template=CHAT_TEMPLATE):
     """Rows (prompt, answer) -> Task. Without held-out rows (None) a fifth is held out, n_test at most."""
     if test is None:
         order = random.Random(0).sample(range(len(train)), len(train))
@@ -149,16 +151,19 @@ def from_rows(name, train, test, n_test=HELD_OUT, check=rewards.maths, template=
     return Task(name, examples[: len(train)], examples[len(train) :], check, template=template)
 
 
-def load(name, tokenizer=None, prompt_template=None):
+def load(name, tokenizer=None, prompt_template=None, system_prompt=None, reward=None):
     """The task called `name`: a world (addition[:digits], gsm8k, reasoning_gym:<name>, ...) or a .jsonl file, with token
-    ids where there is a tokenizer. Raises UserError on an unknown name, with the nearest."""
+    ids where there is a tokenizer; checked by the function of a file, where `reward` is file.py:function. Raises UserError on
+    an unknown name, with the nearest."""
     task = world(name)
     if task is None and not name.endswith((".jsonl", ".json")) and not os.path.exists(name):
         known = [*WORLDS, "path/to/file.jsonl"]
         near = difflib.get_close_matches(name, known, 3, 0.3)
         raise UserError(f"unknown task {name!r}; nearest: {', '.join(near or known)}; known: {', '.join(known)}")
     task = task or from_rows(name, *read_rows(name, _prompt_and_answer))
-    return task if tokenizer is None else encode(task, tokenizer, prompt_template)
+    if reward:
+        task = dataclasses.replace(task, check=rewards.Own(reward), inline=False, measure="score")
+    return task if tokenizer is None else encode(task, tokenizer, prompt_template, system_prompt)
 
 
 def tokenize(texts, tokenizer, what, **kwargs):
@@ -174,9 +179,9 @@ def tokenize(texts, tokenizer, what, **kwargs):
     return ids
 
 
-def encode(task, tokenizer, prompt_template=None):
-    """The task with `ids` filled in for every example, through the chat template where the tokenizer has one.
-    `prompt_template` is a Python format string with the one field {prompt}."""
+def encode(task, tokenizer, prompt_template=None, system_prompt=None):
+    """The task with `ids` filled in for every example, through the chat template where the tokenizer has one, behind a turn
+    of the system where there is a system_prompt. `prompt_template` is a Python format string with the one field {prompt}."""
     template, examples = prompt_template or task.template, task.train + task.test + task.shown
     try:
         if {name for _, name, _, _ in string.Formatter().parse(template)} - {None} != {"prompt"}:
@@ -185,8 +190,11 @@ def encode(task, tokenizer, prompt_template=None):
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--prompt-template needs the field {{prompt}} and no other ({error})") from None
     if tokenizer.chat_template:
-        turns = [[dict(role="user", content=t)] for t in texts]
+        first = [dict(role="system", content=system_prompt)] if system_prompt else []
+        turns = [[*first, dict(role="user", content=t)] for t in texts]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    elif system_prompt:
+        raise UserError("--system-prompt: the tokenizer has no chat template to put it in; --prompt-template takes any text")
     ids = tokenize(texts, tokenizer, f"task {task.name}", add_special_tokens=not tokenizer.chat_template)
     for example, row in zip(examples, ids):
         example.ids = row

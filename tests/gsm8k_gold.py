@@ -8,7 +8,7 @@ import sys
 import time
 from decimal import Decimal, InvalidOperation
 
-from common import UserError, rewards
+from common import UserError, answers, rewards
 
 
 def read(path):
@@ -36,7 +36,7 @@ def main(arguments):
     started = time.monotonic()
     golds, values = read(arguments[0])
     others = [i for i in range(len(golds) - 1) if values[i] != values[i + 1]]
-    scorer = rewards.Scorer(rewards.maths)
+    scorer = rewards.Scorer(answers.maths)
     own = int(sum(scorer(golds, golds)[1]))
     false = int(sum(scorer([golds[i] for i in others], [golds[i + 1] for i in others])[1]))
     scorer.close()

@@ -38,8 +38,8 @@ GOOD = {
     "algos/one.py": SCRIPT,
     "algos/two.py": SCRIPT,
     "common/__init__.py": "class UserError(SystemExit):\n    pass\n",
-    "common/gpu.py": "from common import UserError\n\n\ndef init(args):\n    raise UserError\n",
-    "common/models.py": "from common import UserError, gpu\n\n\ndef load(args):\n    raise UserError(gpu)\n",
+    "common/gpu.py": "from common import UserError\n\n\ndef init(args):\n    raise UserError\n\n\ndef choose():\n    pass\n",
+    "common/models.py": "from common import UserError, gpu\n\n\ndef load(args):\n    raise UserError(gpu.choose)\n",
     "common/tasks.py": "import importlib\n\n\ndef encode():\n    pass\n\n\nencode()\n",
     "common/worlds/game.py": "from common import tasks\n\n\ndef task(option):\n    return tasks\n",
 }
@@ -70,7 +70,7 @@ BAD = [
     ("one_way", "gpu", "from common import between\n", "gpu -> between -> runlog"),
     ("one_way", "gpu", "from common import pairs\n", "gpu is to stay below pairs"),
     ("one_way", "tasks", "import common.worlds.game\n", "tasks is to stay below worlds.game"),
-    ("hidden_imports", "gpu", "\n\ndef f():\n    from common import models\n", "gpu.py:9: from common"),
+    ("hidden_imports", "gpu", "\n\ndef f():\n    from common import models\n", "gpu.py:13: from common"),
 ]
 
 
@@ -87,7 +87,7 @@ def test_each_rule_bites(rule, module, more, complaint):
 
 def test_the_core_is_counted_without_families_and_worlds():
     long = LINE * 250
-    core = GOOD | {f"common/part{i}.py": long for i in range(9)}
-    assert "the core of common/ has 22" in house.line_caps(core)[0]
+    core = GOOD | {f"common/part{i}.py": long for i in range(10)}
+    assert "the core of common/ has 25" in house.line_caps(core)[0]
     apart = {f"common/{name}.py": long for name in ("pairs", "vision", "worlds/tiny")}
-    assert house.line_caps(GOOD | apart | {f"common/part{i}.py": long for i in range(8)}) == []
+    assert house.line_caps(GOOD | apart | {f"common/part{i}.py": long for i in range(9)}) == []

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import rewards
+from common import answers, rewards
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +54,7 @@ def scaled(factor, text, answer):
 
 @pytest.fixture(scope="module")
 def scorer():
-    scorer = rewards.Scorer(rewards.maths, timeout_s=1.5)
+    scorer = rewards.Scorer(answers.maths, timeout_s=1.5)
     yield scorer
     scorer.close()
 
@@ -111,7 +111,7 @@ def gone(pid, within_s):
     ],
 )
 def test_extract(text, stated):
-    assert rewards.extract(text) == stated
+    assert answers.extract(text) == stated
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_extract(text, stated):
     ],
 )
 def test_has_format(text, formatted):
-    assert rewards.has_format(text) is formatted
+    assert answers.has_format(text) is formatted
 
 
 def test_reading_hostile_text_takes_linear_time():
@@ -139,8 +139,8 @@ def test_reading_hostile_text_takes_linear_time():
     start = time.monotonic()
     for piece in pieces:
         text = piece * (400_000 // len(piece))
-        rewards.extract(text), rewards.has_format(text)
-    rewards.extract("\\boxed{" * 50_000 + "}" * 50_000)
+        answers.extract(text), answers.has_format(text)
+    answers.extract("\\boxed{" * 50_000 + "}" * 50_000)
     assert time.monotonic() - start < 15
 
 
@@ -387,7 +387,7 @@ def test_a_worker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
 SCRIPT = """
 import sys, time
 sys.path.insert(0, ROOT)
-from common import rewards
+from common import answers, rewards
 
 def slow(text, answer):
     if text == "spin":
@@ -436,8 +436,8 @@ prose = st.lists(characters | st.sampled_from(["\\boxed{", "\\frac{", "####", "a
 def test_arbitrary_text_never_raises_and_never_scores_a_value_it_cannot_state(scorer, text):
     extracted, scores = scorer([text, text], ["123456789123456789", "\\text{Wednesday}"])
     assert scores == [0.0, 0.0]
-    assert extracted == [rewards.extract(text)] * 2
-    assert rewards.has_format(text) in (True, False)
+    assert extracted == [answers.extract(text)] * 2
+    assert answers.has_format(text) in (True, False)
 
 
 @quick
@@ -447,7 +447,7 @@ def test_a_boxed_integer_scores_1_after_any_prose(scorer, prefix, value, comma):
     prefix = prefix.replace("\\", "")  # a backslash could escape the box
     texts = [rf"{prefix}\boxed{{{written}}}"] * 2
     assert scorer(texts, [str(value), str(value + 1)])[1] == [1.0, 0.0]
-    assert rewards.has_format(texts[0])
+    assert answers.has_format(texts[0])
 
 
 def test_a_trusted_check_may_give_any_finite_score():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algos import grpo
-from common import UserError, rewards, tasks
+from common import UserError, answers, rewards, tasks
 from common import settings as house
 from common.worlds import addition as sums
 from common.worlds import countdown as problems
@@ -285,7 +285,7 @@ def test_evaluate_never_evals(monkeypatch):
 
 
 def some(n):
-    return tasks.Task("t", [tasks.Example(i, str(i), str(i)) for i in range(n)], [], rewards.maths)
+    return tasks.Task("t", [tasks.Example(i, str(i), str(i)) for i in range(n)], [], answers.maths)
 
 
 @settings(max_examples=60, deadline=None)
@@ -326,7 +326,7 @@ def test_jsonl(tmp_path, fields):
     assert [e.id for e in task.train + task.test] == list(range(20))
     again = tasks.load(str(tmp_path / "data.jsonl"))
     assert [e.prompt for e in again.test] == [e.prompt for e in task.test]
-    assert not task.inline and task.demonstrate is None and task.check is rewards.maths
+    assert not task.inline and task.demonstrate is None and task.check is answers.maths
 
 
 def test_jsonl_with_a_test_file(tmp_path):

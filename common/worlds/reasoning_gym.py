@@ -4,7 +4,7 @@ import difflib
 import functools
 import json
 
-from common import UserError, rewards
+from common import UserError, answers
 from common.tasks import HELD_OUT, from_rows
 
 N_TRAIN = 4096
@@ -14,7 +14,7 @@ def check_reasoning_gym(name, text, answer):
     """`answer` is the entry of data set `name` as JSON."""
     import reasoning_gym
 
-    extracted = rewards.extract(text)
+    extracted = answers.extract(text)
     scorer = reasoning_gym.get_score_answer_fn(name)
     return extracted, float(scorer(answer=extracted, entry=json.loads(answer)) >= 1.0)
 

@@ -44,6 +44,19 @@ def tier(example):
     return distances(start)[target]
 
 
+def chance(example):
+    """How often a walk that takes any of the legal moves alike, and stops at the target, meets it within four."""
+    start, target = ends(example.prompt)
+
+    def met(number, left):
+        if number == target:
+            return 1.0
+        there = [n for n in (after(number, move) for move in MOVES) if n is not None] if left else []
+        return sum(met(n, left - 1) for n in there) / max(1, len(there))
+
+    return met(start, LONGEST)
+
+
 def check(text, prompt):
     """Right: one to four moves of the three, every result right and of two digits, the last one the target. The answer is the
     last two-digit result, so that right completions of a prompt share it."""
@@ -89,5 +102,5 @@ def task(option):
     return Task(
         "route" + (f":{option}" if option else ""), examples[HELD_OUT:], examples[:HELD_OUT], check, True, demonstrate,
         max_new_tokens=28, recipe=dict(steps=1500, careful_steps=900, careful=0.15, lr=3e-3, seed=int(option or 0)),
-        tokenizer=lambda: tiny.characters(tiny.CHARACTERS + ">"),
+        tokenizer=lambda: tiny.characters(tiny.CHARACTERS + ">"), tier=tier, chance=chance,
     )  # fmt: skip
