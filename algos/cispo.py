@@ -1,10 +1,10 @@
-"""CISPO: Clipped IS-weight Policy Optimization. MiniMax, "MiniMax-M1", arXiv 2506.13585 (2025), section 3.1.
+"""CISPO: Clipped IS-weight Policy Optimization. MiniMax, "MiniMax-M1", arXiv 2506.13585 (2025).
 
 Idea: GRPO's clip silences a token once its ratio has left the interval, and the first to leave are the rare ones that turn
 a line of thought. CISPO takes the ratio for what it is, an importance weight on the log-likelihood gradient: it is capped
 and treated as a constant. Every token therefore teaches in every update, however far the policy has moved.
 
-Objective, to be maximised, over all tokens of the minibatch:
+Objective, to be maximised, over all tokens of the minibatch (section 3.1; equation numbers not at hand):
     J = 1/sum_i |y_i| sum_i sum_t sg[w] A_i log pi,   w = clip(r, 1 - eps_low, 1 + eps_high),   r = pi / pi_old
     gradient per token: w A, so the value of J says nothing about progress
     (The paper's runs also had DAPO's dynamic sampling and length penalty, and 16 minibatches.)
@@ -149,7 +149,7 @@ def token_weights(mask, args):
 
 
 def kl_penalty(logp, ref_logp, mask):
-    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4."""
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
     log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
     return log_ratio.exp() - log_ratio - 1
 

@@ -147,7 +147,7 @@ def token_weights(mask, args):
 
 
 def kl_penalty(logp, ref_logp, mask):
-    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4."""
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
     log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
     return log_ratio.exp() - log_ratio - 1
 

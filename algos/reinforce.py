@@ -5,7 +5,7 @@ The baseline is thus one number for all prompts, an easy prompt gets credit for 
 enough. The variant with several (baseline group) first subtracts the group's mean, but still scales by the whole batch, so
 that a group of nearly equal rewards is not blown up.
 
-Objective, to be maximised (section 4.2.3 for the constants):
+Objective, to be maximised (section 4.2.3 for the constants; equation numbers not at hand):
     J = 1/N sum min(r A, clip(r, 1 - eps, 1 + eps) A) over all N tokens,   r = pi / pi_old
     batch:  A = (A' - mean A') / sqrt(var A' + 1e-8) over the tokens of the rollout, which count alike: longer completions more
             A'_t = R_t + gamma A'_{t+1},   R_t = -beta log(pi_old / pi_ref), plus the score at the last token

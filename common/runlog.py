@@ -30,7 +30,8 @@ class Run:
 
         self.args, self.tokenizer, self.main, self.stop = args, tokenizer, gpu.rank() == 0, None
         self.name, world = Path(script).stem, tasks.world(tasks.source(args))
-        self.measure = world.measure if world else "accuracy"  # what accuracy is called in words: a gold reward is a score
+        # What accuracy is called in words: a gold reward is a score, and one of the user's own.
+        self.measure = "score" if vars(args).get("reward") else world.measure if world else "accuracy"
         self.state, self.queue, self.extra, self.after = dict(step=0, cursor=0, skipped=0), [], {}, None
         self.bad_in_a_row, self.clock, self.times, self.schedules, self.tracker = 0, time.perf_counter(), {}, [], None
         self.total = vars(args).get("steps", vars(args).get("items"))

@@ -10,9 +10,41 @@ from tests.parts import measuring_lines, note
 MEASURES = ("greedy accuracy after", "greedy score after", "win_rate")  # of a verdict: the first there is
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
 PRESET = dict(task="addition", data="letters")  # the tiny model's, where a script has none of its own
-HEAD = """*Written by `python -m tests.sync`, never by hand, from the scripts and runs/reference.*
+HEAD = """*Written by `python -m tests.sync`, never by hand; the reading order stands in tests/pages.py.*
 
 # The scripts
+
+## Ten to read first
+
+In this order a script needs only those before it. What to look at is named as it is in the script.
+
+"""
+# {script: what to look at in it}, in the order of reading. What stands between backticks is in the script.
+READING = {
+    "reinforce": "the baseline is the whole method: `returns` adds up the reward that is still to come, and "
+    "`advantages` subtracts nothing from it, the mean over all tokens, or before that the group's mean.",
+    "grpo": "the frame of all that follows: read `train` once from top to bottom, then the functions that "
+    "make its loss; in `advantages` the group is its own baseline, in `surrogate` the `torch.min` takes the "
+    "gradient from a token that has moved far enough in the direction of its advantage.",
+    "dr_grpo": "two divisions fewer: hold the last lines of `advantages` (no division by `std`) and of "
+    "`token_weights` (`args.max_new_tokens` where a completion's own length stood) against those of grpo.",
+    "dapo": "four repairs in four places: `args.eps_high` in `surrogate`, `token_weights`, "
+    "`overlong_penalty`, and in `train` the `while` that samples until enough groups are `informative`.",
+    "gspo": "one ratio per completion: `mean` in `surrogate` is the mean log-ratio of its tokens, so that "
+    "all of them are clipped or none is; `straight` has the same value, but each token's own gradient.",
+    "sapo": "the clip made smooth: in `surrogate` a sigmoid, `gate`, stands where grpo clips and takes the "
+    "minimum, and `gate_weight` says how much of a token's gradient is left.",
+    "ppo": "credit for every token: `gae` goes backwards from the end and makes advantages out of rewards "
+    "and values, which `Critic`, a second network with an optimizer of its own, learns by `value_loss`.",
+    "dpo": "learning from pairs, without sampling: `pair_loss` sums the log-ratios to the reference over a "
+    "response, and the difference of chosen and rejected, `z`, goes into a logistic loss.",
+    "tdpo": "the KL at every token: `token_kl` takes it over the whole vocabulary, and where `pair_loss` "
+    "sets `delta`, `args.alpha` and a `detach` are all that sets the second variant apart from the first.",
+    "rto": "where the two families meet: `dpo_rewards` makes a reward per token out of DPO's log-ratio, "
+    "`token_rewards` adds it to PPO's, and `gae` does the rest.",
+}
+LEGEND = """
+## All of them
 
 A script stands below its base and differs from it in what is named, and in nothing else. Lines are those
 added and removed, without docstring, own flags, what is word for word in a third script, and functions that
@@ -96,7 +128,8 @@ def compare(mine, theirs):
 
 def index(lessons, found):
     """algos/README.md. `lessons`: {name: Lesson}; `found`: what records() gives."""
-    out = [HEAD]
+    first = [f"{i}. [{name}]({name}.py): {look}" for i, (name, look) in enumerate(READING.items(), 1)]
+    out = [HEAD + "\n".join(first), LEGEND]
 
     def entry(lesson, depth):
         says = f"{'  ' * depth}- [{lesson.name}]({lesson.name}.py): {idea(note(lesson.text))}"

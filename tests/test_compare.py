@@ -1,7 +1,9 @@
-"""The comparison of runs: what an item names, what a table says, and a picture of both kinds of scripts."""
+"""The comparison of runs: what an item names, differences and verdicts, what a table says, and the panels of a picture."""
 
+import itertools
 import json
 import statistics
+import warnings
 
 import pytest
 
@@ -19,11 +21,115 @@ def test_what_an_item_names():
     assert compare.kind("tdpo@chain,alpha=1") == "pairs" and compare.kind("rto") == "online"
 
 
+def test_difference():
+    found = compare.difference([0.70, 0.72, 0.69], [0.60, 0.61, 0.62])
+    assert found == dict(mean=pytest.approx(0.28 / 3), low=pytest.approx(0.07), high=pytest.approx(0.11))  # three: their span
+    # more seeds: the interval is inside the span, around the mean, and about the normal one: 1.96 * 0.0229 / sqrt(8)
+    mine, base = [0.61, 0.62, 0.63, 0.64, 0.65, 0.66, 0.67, 0.68], [0.6] * 8
+    found = compare.difference(mine, base)
+    assert found["mean"] == pytest.approx(0.045) and found == compare.difference(mine, base)
+    assert [found["low"], found["high"]] == pytest.approx([0.045 - 0.0159, 0.045 + 0.0159], abs=0.002)
+
+
+def test_difference_is_paired_and_has_no_order_of_seeds():
+    mine, base = [0.70, 0.82, 0.95, 0.6], [0.60, 0.70, 0.80, 0.61]
+    found = {json.dumps(compare.difference(*zip(*order))) for order in itertools.permutations(zip(mine, base))}
+    assert len(found) == 1
+    assert compare.difference(mine, base[::-1]) != json.loads(found.pop())
+
+
+def test_difference_without_a_spread():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare.difference([0.5, 0.75, 0.25], [0.25, 0.5, 0.0]) == dict(mean=0.25, low=0.25, high=0.25)
+        assert compare.difference([1.0, 1.0], [1.0, 1.0]) == dict(mean=0.0, low=0.0, high=0.0)
+        assert compare.difference([0.5], [0.25]) == dict(mean=0.25, low=None, high=None)  # one seed has no interval
+
+
+LOW, HIGH, OVER = [0.60, 0.61, 0.62], [0.70, 0.71, 0.72], [0.615, 0.73, 0.74]
+VERDICTS = [
+    ([(HIGH, LOW)], {}, "better"),
+    ([(LOW, HIGH)], {}, "worse"),
+    ([(OVER, LOW)], {}, "equal"),  # the spans overlap
+    ([([0.65, 0.66, 0.67], [0.62, 0.63, 0.64])], {}, "better"),  # 0.03 counts
+    ([([0.649, 0.66, 0.67], [0.62, 0.63, 0.64])], {}, "equal"),  # less does not, whatever the spans
+    ([(HIGH, LOW)], dict(several=True), "better (one warm start)"),
+    ([(OVER, LOW)], dict(several=True), "equal"),
+    ([(HIGH, LOW), (HIGH, LOW)], dict(several=True), "better"),
+    ([(HIGH, LOW), (OVER, LOW)], dict(several=True), "equal"),  # it has to hold on each
+    ([(HIGH, LOW), (LOW, HIGH)], dict(several=True), "equal"),
+    ([(LOW, HIGH), (LOW, HIGH)], dict(several=True), "worse"),
+    ([([0.9], [0.5])], dict(several=True), "better (one seed, one warm start)"),
+]
+
+
+@pytest.mark.parametrize("starts, how, word", VERDICTS)
+def test_verdict(starts, how, word):
+    assert compare.verdict(*starts, **how) == word
+
+
+def differences(measure="greedy accuracy after", data=None, **values):
+    """Of items a__b, for a@b; the data they ran on are what they name, unless `data` says otherwise."""
+    summaries = {item.replace("__", "@").replace("_1", ":1"): {measure: compare.band(v)} for item, v in values.items()}
+    found = compare.differences(summaries, data or {item: compare.parts(item)[1] for item in summaries})
+    return {item: (f["against"], f["verdict"]) for item, f in found.items()}
+
+
+def test_an_item_is_compared_with_the_first_on_its_data():
+    assert differences(grpo=LOW, sapo=HIGH, data=dict(grpo="gsm8k", sapo="gsm8k")) == {"sapo": ("grpo", "better")}
+    assert differences("win_rate", dpo__letters=LOW, tdpo__letters=HIGH, dpo__chain=HIGH, tdpo__chain=LOW) == {
+        "tdpo@letters": ("dpo@letters", "better"),
+        "tdpo@chain": ("dpo@chain", "worse"),
+    }
+    found = compare.differences({"a": dict(kl=1), "b": dict(kl=2)}, dict(a="", b=""))
+    assert found == {}  # nothing to compare by
+    summaries = {i: {"greedy accuracy after": compare.band(v)} for i, v in dict(grpo=LOW, sapo=OVER).items()}
+    found = compare.differences(summaries, dict(grpo="x", sapo="x"))["sapo"]
+    numbers = [found.pop(key) for key in ("mean", "low", "high")]
+    assert numbers == pytest.approx([0.085, 0.015, 0.12])
+    assert found == dict(against="grpo", measure="greedy accuracy after", verdict="equal")
+
+
+def test_two_warm_starts():
+    one = dict(grpo="route", sapo="route")  # the preset's task, which the item does not name
+    assert differences(grpo=LOW, sapo=HIGH, data=one) == {"sapo": ("grpo", "better (one warm start)")}
+    both = differences(grpo__route=LOW, sapo__route=HIGH, grpo__route_1=LOW, sapo__route_1=HIGH)
+    assert both == {"sapo@route": ("grpo@route", "better"), "sapo@route:1": ("grpo@route:1", "better")}
+    mixed = differences(grpo__route=LOW, sapo__route=HIGH, grpo__route_1=LOW, sapo__route_1=OVER)
+    assert [v for _, v in mixed.values()] == ["equal", "equal"]
+    # one that ran on one start only, and another base there: not the same comparison
+    lone = differences(grpo__route=LOW, sapo__route=HIGH, ppo__route=HIGH, grpo__route_1=LOW, sapo__route_1=HIGH)
+    assert lone["ppo@route"] == ("grpo@route", "better (one warm start)") and lone["sapo@route"][1] == "better"
+    other = differences(grpo__route=LOW, sapo__route=HIGH, ppo__route_1=LOW, sapo__route_1=OVER)
+    assert other["sapo@route"] == ("grpo@route", "better (one warm start)")
+    # of another task the option is no warm start
+    digits = differences(grpo__addition=LOW, sapo__addition=HIGH, grpo__addition_1=LOW, sapo__addition_1=OVER)
+    assert digits["sapo@addition"] == ("grpo@addition", "better") and digits["sapo@addition:1"][1] == "equal"
+
+
 MISTAKES = [
     ("dpo grpo", "learn from pairs and others .*compare them apart"),
     ("nothing", "no script algos/nothing.py; there are: .*, grpo, "),
     ("", "needs a script"),
 ]
+
+
+def drawn(monkeypatch):
+    """The panels of every picture that will be written, a list each."""
+    from matplotlib.figure import Figure
+
+    seen, save = [], Figure.savefig
+
+    def watched(figure, path, **how):
+        seen.append([axis for axis in figure.axes if axis.axison])
+        save(figure, path, **how)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    return seen
+
+
+def titles(pictures):
+    return [[axis.get_title().replace("\n", "") for axis in axes] for axes in pictures]
 
 
 @pytest.mark.parametrize("scripts, complaint", MISTAKES)
@@ -32,10 +138,10 @@ def test_mistakes(scripts, complaint):
         compare.main(compare.Options(tuple(scripts.split())), [])
 
 
-def fake(folder, last, metrics, evals):
+def fake(folder, last, metrics, evals, **args):
     folder.mkdir(parents=True)
     (folder / "done").write_text(f"{last}\n{launch.code(folder.name.partition('-')[0])}\n")
-    (folder / "config.json").write_text(json.dumps(dict(versions=dict(torch="2"), args=dict(data="chain"))))
+    (folder / "config.json").write_text(json.dumps(dict(versions=dict(torch="2"), args=args)))
     for name, rows in (("metrics", metrics), ("evals", evals)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -56,40 +162,77 @@ def test_a_finished_run_is_made_again_where_the_code_has_changed(tmp_path, monke
         for _ in range(2):  # the second time it is there
             folder = compare.run("toy", 1, [], None)
             (folder / "metrics.jsonl").touch()
-            assert compare.read(folder) == ([], 0.1, after)
+            rows = [dict(step=0, greedy_accuracy=0.1), dict(step=1, greedy_accuracy=after)]
+            (folder / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            assert compare.read(folder) == ([], 0.1, after) and f"-> {after}" in (folder / "done").read_text()
             assert (tmp_path / "log").read_text().split() == expected
 
 
 def test_pairs(tmp_path, monkeypatch, capsys):
     """Two seeds that are there and finished: nothing is run, and table, picture and file say what the rows say."""
+    pictures = drawn(monkeypatch)
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     (tmp_path / "algos").mkdir()
-    (tmp_path / "algos" / "dpo.py").write_text("class Args:\n    pairs_per_step: int\n")
-    for seed in (1, 2):
-        metrics = [dict(step=s, entropy=s * seed) for s in range(1, 21)]
-        values = dict(kl=1.0, reward_accuracy=1, margin=2, chosen_shift=-1, rejected_shift=-3, credit=0.9)
-        evals = [dict(step=s, win_rate=0.5 + s * seed / 100, gold_reward=0.1 * seed, **values) for s in (0, 10, 20)]
-        fake(tmp_path / "runs" / "compare" / f"dpo-{seed}-data-chain-steps-20", "win rate 0.5 -> 0.7", metrics, evals)
-    compare.main(compare.Options(("dpo@chain",), seeds=2, out=str(tmp_path / "out")), ["--steps", "20"])
+    for script, gain in (("dpo", 100), ("tdpo", 50)):
+        (tmp_path / "algos" / f"{script}.py").write_text("class Args:\n    pairs_per_step: int\n")
+        for seed in (1, 2):
+            metrics = [dict(step=s, entropy=s * seed) for s in range(1, 21)]
+            values = dict(kl=1.0, reward_accuracy=1, margin=2, chosen_shift=-1, rejected_shift=-3, credit=0.998)
+            evals = [dict(step=s, win_rate=0.5 + s * seed / gain, gold_reward=0.1 * seed, **values) for s in (0, 10, 20)]
+            folder = tmp_path / "runs" / "compare" / f"{script}-{seed}-data-chain-steps-20"
+            fake(folder, "win rate 0.5 -> 0.7", metrics, evals, data="chain")
+    compare.main(compare.Options(("dpo@chain", "tdpo@chain"), seeds=2, out=str(tmp_path / "out")), ["--steps", "20"])
     record = json.loads((tmp_path / "out.json").read_text())
     found = record["summary"]["dpo@chain"]
     assert found["win_rate"] == dict(mean=pytest.approx(0.8), min=pytest.approx(0.7), max=pytest.approx(0.9), seeds=[0.7, 0.9])
     assert found["entropy"]["mean"] == statistics.mean([15.5, 31])  # the last ten updates
-    assert record["curves"]["dpo@chain"][1][1] == dict(step=10, win_rate=0.7, kl=1.0, chosen_shift=-1, credit=0.9)
-    assert "| dpo@chain | 0.800 (0.700 to 0.900) |" in capsys.readouterr().out
-    assert (tmp_path / "out.png").stat().st_size > 10_000
+    assert record["curves"]["dpo@chain"][1][1] == dict(step=10, win_rate=0.7, kl=1.0, chosen_shift=-1, credit=0.998)
+    difference = dict(against="dpo@chain", measure="win_rate", mean=pytest.approx(0.3), verdict="equal")
+    assert record["differences"] == {"tdpo@chain": difference | dict(low=pytest.approx(0.2), high=pytest.approx(0.4))}
+    table = capsys.readouterr().out
+    assert "| dpo@chain | 0.800 (0.700 to 0.900) |" in table and "| dpo@chain | +0.300 (+0.200 to +0.400) | equal |" in table
+    # credit ends at 1.00 for both: no panel
+    shown = ["win rate against the reference", "KL to the reference, nats (lower is better)"]
+    assert titles(pictures) == [shown] and (tmp_path / "out.png").stat().st_size > 10_000
+    # again, from the numbers alone; of an older record, which has no differences, too
+    del record["differences"], record["data"]
+    old = json.dumps(record)
+    (tmp_path / "out.json").write_text(old)
+    (tmp_path / "out.png").unlink()
+    compare.main(compare.Options(redraw=True, out=str(tmp_path / "out")), [])
+    again = capsys.readouterr().out
+    assert again.splitlines()[:4] == [line for line in table.splitlines() if line.startswith("|")]
+    assert titles(pictures) == [shown, shown] and (tmp_path / "out.png").exists() and (tmp_path / "out.json").read_text() == old
+
+
+def test_a_redrawing_needs_a_record(tmp_path):
+    with pytest.raises(UserError, match="--redraw needs the numbers in .*nowhere.json"):
+        compare.main(compare.Options(redraw=True, out=str(tmp_path / "nowhere")), [])
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "score"])  # "score" is what a run on a task with a gold reward says
 def test_online(tmp_path, monkeypatch, capsys, measure):
+    pictures = drawn(monkeypatch)
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     (tmp_path / "algos").mkdir()
     (tmp_path / "algos" / "rto.py").write_text("\ndef surrogate(logp):\n    pass\n")
     rows = [dict(step=s, accuracy=s / 20, length=9, entropy=1.0, approx_kl=None if s == 3 else 0.1) for s in range(1, 21)]
-    fake(tmp_path / "runs" / "compare" / "rto-1-shape-last", f"greedy {measure} 0.15 -> 16.00 on 8", rows, [])
-    compare.main(compare.Options(("rto,shape=last",), seeds=1, out=str(tmp_path / "out")), [])
-    found = json.loads((tmp_path / "out.json").read_text())["summary"]["rto,shape=last"]
+    evals = [dict(step=s, greedy_accuracy=g, prompts=8) for s, g in ((0, 0.1523), (10, 9.0), (20, 16.0))]
+    items = [f"rto,scale={i}" for i in range(6 if measure == "accuracy" else 2)]
+    for i in range(len(items)):
+        folder = tmp_path / "runs" / "compare" / f"rto-1-scale-{i}"
+        fake(folder, f"greedy {measure} 0.15 -> 16.00 on 8", rows, evals, task="route")
+    compare.main(compare.Options(tuple(items), seeds=1, out=str(tmp_path / "out")), [])
+    record = json.loads((tmp_path / "out.json").read_text())
+    found = record["summary"][items[0]]
+    assert found[f"greedy {measure} before"]["mean"] == 0.1523  # of evals.jsonl, which has more digits than the last line
     assert found[f"greedy {measure} after"]["mean"] == 16 and found[f"sampled {measure}, last 10 steps"]["mean"] == 0.775
+    assert found["greatest KL in a step"]["mean"] == 0.1  # of those that are finite
     first = found.get("first step with sampled accuracy 0.7", {}).get("seeds")
     assert first == ([14] if measure == "accuracy" else None)  # the gold rewards have scales of their own
-    assert "| rto,shape=last | 0.150" in capsys.readouterr().out and (tmp_path / "out.png").exists()
+    curve = record["curves"][items[1]][0]
+    assert curve[0] == dict(step=0, greedy_accuracy=0.1523) and curve[10]["greedy_accuracy"] == 9 and len(curve) == 21
+    table = capsys.readouterr().out
+    assert "| rto,scale=0 | 0.152" in table and "| rto,scale=0 | +0.000 | equal |" in table
+    # greedy, entropy, KL and length of every item, but no sampled accuracy
+    assert titles(pictures) == [items * 4] and record["data"] == dict.fromkeys(items, "route")

@@ -1,6 +1,7 @@
 """The pages about the scripts, and the verdicts in them."""
 
 import json
+import re
 
 import pytest
 
@@ -59,6 +60,26 @@ def test_data_of_a_script():
     assert pages.setting("", data + preset) == ("record", "")
     command = "python -m runs.compare dpo -- --data chain --lr 1e-3 --flag --eval-every=9"
     assert pages.setting(command, data) == ("chain", "--lr 1e-3 --flag")
+
+
+def test_ten_to_read_first():
+    names = "reinforce grpo dr_grpo dapo gspo sapo ppo dpo tdpo rto".split()
+    assert list(pages.READING) == names and set(names) <= set(sync.scripts())
+    texts = {name: (sync.ALGOS / f"{name}.py").read_text() for name in sync.scripts()}
+    page = sync.written(texts)[sync.ALGOS / "README.md"].splitlines()
+    start, end = page.index("## Ten to read first"), page.index("## All of them")
+    rows = [row for row in page[start:end] if row[:1].isdigit()]
+    assert start < end < min(i for i, row in enumerate(page) if row.startswith("- ["))
+    for i, (name, row) in enumerate(zip(names, rows, strict=True), 1):
+        assert row.startswith(f"{i}. [{name}]({name}.py): ") and row.endswith(".")
+        assert ". " not in row.removeprefix(f"{i}. ")  # one sentence
+        said, there = re.findall(r"`([^`]+)`", row), code(texts[name])
+        assert said and [word for word in said if not re.search(rf"\b{re.escape(word)}\b", there)] == []
+
+
+def code(text):
+    """A script's text without its docstring."""
+    return text.replace(sync.note(text), "", 1)
 
 
 def test_pages_say_what_scripts_say(tmp_path):

@@ -1,0 +1,363 @@
+"""Flags that users look for: own rewards, system prompts, stop strings, schedules, LoRA's choices, devices, trackers, the hub,
+sampled evaluations, rollouts that wait."""
+
+import json
+import math
+import shutil
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+
+from algos import grpo
+from common import UserError, checkpoint, engines, gpu, models, rewards, rollout, runlog, settings, tasks
+from common.worlds import tiny as tiny_models
+from tests.batches import args, tiny
+from tests.helpers import checkpoints, lines, outcome, run, same, user_error
+
+__all__ = ["tiny"]
+ADDITION = """--task addition --prompts-per-step 4 --group-size 2 --minibatches 2 --eval-prompts 8 --eval-every 0
+    --checkpoint-every 0""".split()
+
+# ---------------------------------------------------------------- rewards of one's own
+
+OWN = """
+import time
+import beside
+
+def equals(text, answer):
+    return text.count("=") - len(answer) / 2
+
+def both(text, answer):
+    return text[-1:], beside.TWICE * len(text)
+
+def picky(text, answer):
+    if text == "hang":
+        time.sleep(60)
+    if text == "none":
+        return float("nan")
+    return {"a": 0.25}[text]
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "beside.py").write_text("TWICE = 2\n")
+    (folder / "mine.py").write_text(OWN)
+    return folder / "mine.py"
+
+
+def scored(own, name, texts, **kwargs):
+    scorer = rewards.Scorer(rewards.Own(f"{own}:{name}"), workers=1, **kwargs)
+    done = scorer(texts, ["42"] * len(texts))
+    scorer.close()
+    return *done, scorer.timeouts
+
+
+def test_a_score_may_be_any_number(own):
+    assert scored(own, "equals", ["1=1 =2: 7", "nothing"]) == (["7", None], [1.0, -1.0], 0)
+
+
+def test_an_answer_may_come_with_it(own):
+    assert scored(own, "both", ["abc", ""]) == (["c", ""], [6.0, 0.0], 0)
+
+
+def test_what_it_raises_is_told_once_and_scores_0(own, capfd):
+    texts = ["a", "b", "hang", "c", "none"]
+    assert scored(own, "picky", texts, timeout_s=1.0) == ([None] * 5, [0.25, 0.0, 0.0, 0.0, 0.0], 1)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: --reward ")]
+    assert told == [f"note: --reward {own}:picky raised KeyError('{x}'); that scores 0" for x in "bc"]  # b's worker was killed
+
+
+@pytest.mark.parametrize(
+    "spec, reason",
+    [("{own}", "needs file.py:function"), ("{own}:missing", "'missing'"), ("{own}x:equals", "No such file"),
+     ("{folder}/broken.py:f", "division by zero")],
+)  # fmt: skip
+def test_rewards_that_cannot_be_loaded(own, spec, reason):
+    (own.parent / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(UserError, match="--reward ") as caught:
+        rewards.Own(spec.format(own=own, folder=own.parent))
+    assert reason in str(caught.value)
+
+
+def test_a_run_on_a_reward_of_ones_own(own, tmp_path):
+    argv = [*ADDITION, "--steps", 1, "--reward", f"{own}:equals", "--format-reward", 0.0, "--run-dir", tmp_path / "run"]
+    done = run(tmp_path, *argv)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("greedy score ")
+    for row in lines(tmp_path / "run" / "samples.jsonl"):
+        answer = tasks.load("addition").train
+        answer = next(e.answer for e in answer if e.id == row["prompt_id"])
+        assert row["reward"] == (0.0 if row["truncated"] else row["completion"].count("=") - len(answer) / 2)
+
+
+# ---------------------------------------------------------------- prompts, and where completions end
+
+
+def test_system_prompt():
+    tokenizer = tiny_models.characters()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+    e = tasks.load("addition:1", tokenizer, "what is {prompt}?", "Be brief.").train[0]
+    assert tokenizer.decode(e.ids) == f"system: Be brief.\nuser: what is {e.prompt}?\nassistant: "
+    with pytest.raises(UserError, match="--system-prompt: the tokenizer has no chat template"):
+        tasks.load("addition:1", tiny_models.characters(), None, "Be brief.")
+
+
+@pytest.mark.parametrize("stop", [("=",), ("=1", ":"), ("nowhere",), ("+",)])
+def test_stop_strings_end_a_completion(tiny, stop):
+    """The same tokens and log-probs as without, up to the first of the strings; '+' stands in every prompt, too."""
+    tokenizer, policy, task = tiny
+    prefixes, seeds = [e.ids for e in task.test[:12]], list(range(12))
+    whole = engines.HF(policy, tokenizer).generate(prefixes, 3, 28, 1.0, seeds)
+    cut = engines.HF(policy, tokenizer, stop=stop).generate(prefixes, 3, 28, 1.0, seeds)
+    assert len(cut) == 36
+    for (ids, logp, ended), (short, short_logp, short_ended) in zip(whole, cut):
+        text = "".join(tokenizer.convert_ids_to_tokens(ids))
+        ends = [text.find(s) + len(s) for s in stop if s in text]
+        n = min(ends, default=len(ids))
+        assert short == ids[:n] and short_ended == (True if ends else ended)
+        assert short_logp == pytest.approx(logp[:n], abs=1e-5)
+
+
+# ---------------------------------------------------------------- the rate
+
+
+def rates(optimizer, n, **flags):
+    schedules = runlog._schedules([optimizer], SimpleNamespace(**flags))
+    out = []
+    for _ in range(n):
+        out.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    return out
+
+
+def adamw(lr=2.0):
+    return torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=lr)
+
+
+def test_rates():
+    """Worked: two steps of warm-up in thirds, then 4 steps down to 0."""
+    flags = dict(steps=6, warmup_steps=2)
+    up = [2 / 3, 4 / 3]
+    assert rates(adamw(), 7, lr_schedule="constant", **flags) == pytest.approx([*up, 2, 2, 2, 2, 2])
+    assert rates(adamw(), 7, lr_schedule="linear", **flags) == pytest.approx([*up, 2, 1.5, 1, 0.5, 0])
+    half = math.sqrt(0.5)
+    assert rates(adamw(), 7, lr_schedule="cosine", **flags) == pytest.approx([*up, 2, 1 + half, 1, 1 - half, 0])
+    assert runlog._schedules([adamw()], SimpleNamespace(steps=6, warmup_steps=0, lr_schedule="constant")) == []
+
+
+def test_rates_of_torchao_optimizers():
+    """Their rate is a tensor, which must not become its own base."""
+    from torchao import optim
+
+    optimizer = optim._AdamW([torch.nn.Parameter(torch.zeros(2))], lr=2.0)
+    assert rates(optimizer, 4, steps=4, warmup_steps=0, lr_schedule="linear") == pytest.approx([2, 1.5, 1, 0.5])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_goes_on_after_a_resume(tmp_path, schedule):
+    argv = [*ADDITION, "--steps", 4, "--warmup-steps", 1, "--lr-schedule", schedule, "--lr", "1e-3"]
+    argv[argv.index("--checkpoint-every") + 1] = 2
+    assert run(tmp_path, *argv, "--run-dir", tmp_path / "whole").code == 0
+    rows = lines(tmp_path / "whole" / "metrics.jsonl")
+    fall = dict(linear=[1, 2 / 3, 1 / 3], cosine=[1, 0.75, 0.25])[schedule]
+    assert [r["lr"] for r in rows] == pytest.approx([5e-4, *(1e-3 * x for x in fall)])
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(checkpoints(tmp_path / "again")[-1])
+    done = run(tmp_path, "--resume", tmp_path / "again")
+    assert done.code == 0 and "step-000002" in done.out, done.err
+    same(outcome(tmp_path / "whole"), outcome(tmp_path / "again"))
+
+
+# ---------------------------------------------------------------- LoRA, devices
+
+
+def lora(**flags):
+    a = args(task="addition", lora_rank=4, **dict(lora_alpha=None, lora_targets="all-linear") | flags)
+    return {n: m for n, m in models.load(a, torch.device("cpu")).lm.named_modules() if hasattr(m, "lora_A")}
+
+
+def test_lora_alpha_and_targets():
+    layers = lora()
+    assert {m.scaling["default"] for m in layers.values()} == {2.0} and len(layers) == 2 * 7
+    layers = lora(lora_alpha=1.0, lora_targets="q_proj,down_proj")
+    assert {m.scaling["default"] for m in layers.values()} == {0.25}
+    assert {n.rpartition(".")[2] for n in layers} == {"q_proj", "down_proj"} and len(layers) == 2 * 2
+    with pytest.raises(UserError, match="--lora-targets query: the model's linear layers are .*o_proj, q_proj, up_proj"):
+        lora(lora_targets="query")
+
+
+def test_device(monkeypatch):
+    assert not torch.cuda.is_available() and gpu.device().type == "cpu"
+    with pytest.raises(UserError, match="--device cuda: torch finds none here; there is: auto, cpu"):
+        gpu.choose("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.device().type == "cuda"
+    gpu.choose("cpu")
+    assert gpu.device().type == "cpu"
+    gpu.choose("auto")
+    assert gpu.device().type == "cuda"
+
+
+@pytest.mark.parametrize("native, dtype, optimizer", [(True, "bfloat16", "adamw_sr"), (False, "float32", "adamw")])
+def test_a_card_without_bfloat16(monkeypatch, capsys, tmp_path, native, dtype, optimizer):
+    config = tiny_models.config()
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    found, _ = settings.resolve(grpo.Args(model=str(tmp_path), task="addition"))
+    assert (found.dtype, found.optimizer) == (dtype, optimizer)
+    assert ("no bfloat16 of its own" in capsys.readouterr().out) == (not native)
+    given, _ = settings.resolve(grpo.Args(model=str(tmp_path), task="addition", dtype="bfloat16", optimizer="adamw_sr"))
+    assert (given.dtype, given.optimizer) == ("bfloat16", "adamw_sr")
+
+
+# ---------------------------------------------------------------- trackers, the hub
+
+TRACKER = """
+import json, pathlib
+rows = []
+init = lambda **kwargs: rows.append(["init", kwargs["name"], kwargs["config"]["steps"]])
+log = lambda numbers, step: rows.append([step, sorted(numbers)])
+finish = lambda: pathlib.Path(__file__).with_suffix(".json").write_text(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_tracker(tmp_path, name):
+    (tmp_path / f"{name}.py").write_text(TRACKER)
+    argv = [*ADDITION, "--steps", 2, "--tracker", name, "--run-dir", tmp_path / "run"]
+    done = run(tmp_path, *argv, before=_see_folder)
+    assert done.code == 0, done.err
+    rows = json.loads((tmp_path / f"{name}.json").read_text())
+    assert rows[0] == ["init", "run", 2] and [r[0] for r in rows[1:]] == [0, 1, 2, 2]
+    assert rows[1][1] == ["greedy_accuracy"] and {"reward", "entropy", "time/step"} <= set(rows[2][1])
+
+
+def _see_folder():
+    sys.path.insert(0, ".")  # the child's working folder
+
+
+def test_a_tracker_that_is_not_installed(tmp_path):
+    done = run(tmp_path, *ADDITION, "--steps", 1, "--tracker", "wandb", "--run-dir", tmp_path / "run", before=_no_wandb)
+    assert "--tracker wandb: it is not installed (pip install wandb)" in user_error(done)
+
+
+def _no_wandb():
+    sys.modules["wandb"] = None
+
+
+def _hub():
+    """A stand-in that writes down what is asked of it."""
+
+    class Hub:
+        def create_repo(self, repository, **kwargs):
+            print("create", repository, kwargs)
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns):
+            files = sorted(p.name for p in folder_path.iterdir() if p.name not in ignore_patterns)
+            print("upload", repo_id, folder_path.name, *files)
+
+    huggingface_hub.HfApi, huggingface_hub.get_token = Hub, lambda: "token"
+
+
+def _hub_away():
+    _hub()
+
+    def fails(self, *args, **kwargs):
+        raise ConnectionError("Name or service not known\nmore")
+
+    huggingface_hub.HfApi.create_repo = fails
+
+
+def test_push_to_hub(tmp_path):
+    argv = [*ADDITION, "--steps", 1, "--push-to-hub", "me/model", "--run-dir", tmp_path / "run"]
+    done = run(tmp_path, *argv, before=_hub)
+    assert done.code == 0, done.err
+    *_, sentence, create, upload = done.out.splitlines()
+    assert sentence.startswith("greedy accuracy ") and create == "create me/model {'private': True, 'exist_ok': True}"
+    assert upload.split()[:3] == ["upload", "me/model", "step-000001"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(upload.split()[3:])
+    assert not {"state.pt", "manifest.json"} & set(upload.split())
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path):
+    argv = [*ADDITION, "--steps", 0, "--push-to-hub", "me/model", "--run-dir", tmp_path / "run"]
+    said = user_error(run(tmp_path, *argv, before=_hub_away))
+    where = tmp_path / "run" / "checkpoints" / "step-000000"
+    assert said == f"--push-to-hub me/model: Name or service not known; the model is in {where}"
+    assert (where / "model.safetensors").exists()
+
+
+def test_what_could_not_be_pushed_is_said_first(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(UserError, match="--push-to-hub me/model: there is no token for the hub here"):
+        checkpoint.may_push("me/model")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
+    checkpoint.may_push("me/model-1.5_b")
+    for name in ("model", "me/", "me/a/b", "me/a b"):
+        with pytest.raises(UserError, match="needs owner/name"):
+            checkpoint.may_push(name)
+
+
+# ---------------------------------------------------------------- sampled evaluations, waiting rollouts, samples by token
+
+
+class Scripted:
+    """An engine whose completions are written down: {n: token lists, one a completion}."""
+
+    def __init__(self, completions):
+        self.completions, self.calls = completions, []
+
+    def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
+        self.calls.append((n, temperature, seeds))
+        return self.completions[n]
+
+    def wake(self):
+        pass
+
+    sleep = wake
+
+
+def test_avg_and_pass_at_n():
+    """Worked: the second prompt has one right of four, the third one that is right but cut."""
+    tokenizer = tiny_models.characters()
+    right, wrong = (tokenizer(x)["input_ids"] for x in ("y", "n"))
+    greedy = [(right, [0.0], True), (wrong, [0.0], True), (wrong, [0.0], True)]
+    cut = (right, [0.0], False)
+    sampled = [(right, [0.0], True)] * 4 + [(wrong, [0.0], True)] * 3 + [(right, [0.0], True)] + [cut] * 4
+    engine = Scripted({1: greedy, 4: sampled})
+    task = SimpleNamespace(test=[tasks.Example(i, "", "y", [5]) for i in range(9)])
+    a = args(eval_prompts=3, eval_samples=4, eval_temperature=0.6)
+    scorer = lambda texts, answers: (texts, [float(t == a) for t, a in zip(texts, answers)])  # noqa: E731
+    found = rollout.evaluate(engine, scorer, tokenizer, task, a)
+    assert found == {"greedy_accuracy": 1 / 3, "avg@4": 5 / 12, "pass@4": 2 / 3, "prompts": 3}
+    assert [c[:2] for c in engine.calls] == [(1, 0.0), (4, 0.6)] and len(set(engine.calls[1][2])) == 3
+    a.eval_samples = 0
+    assert rollout.evaluate(engine, scorer, tokenizer, task, a) == {"greedy_accuracy": 1 / 3, "prompts": 3}
+
+
+def test_rollouts_that_wait(tmp_path):
+    """Step n trains on what step n - 2 sampled: the same prompts in the same order, older by 0, 1, 2, 2 steps."""
+    argv = [*ADDITION, "--steps", 4, "--eval-samples", 2]
+    for stale in (0, 2):
+        done = run(tmp_path, *argv, "--stale", stale, "--run-dir", tmp_path / str(stale))
+        assert done.code == 0, done.err
+    fresh, stale = (lines(tmp_path / x / "metrics.jsonl") for x in "02")
+    assert [r["staleness"] for r in fresh] == [0, 0, 0, 0] and [r["staleness"] for r in stale] == [0, 1, 2, 2]
+    ids = [[s["prompt_id"] for s in lines(tmp_path / x / "samples.jsonl")] for x in "02"]
+    assert ids[0] == ids[1] and len(set(ids[0])) == 4
+    assert fresh[0]["approx_kl"] == stale[0]["approx_kl"] and fresh[2]["approx_kl"] < stale[2]["approx_kl"]
+    assert set(lines(tmp_path / "0" / "evals.jsonl")[0]) == {"step", "greedy_accuracy", "avg@2", "pass@2", "prompts"}
+    rows = lines(tmp_path / "0" / "samples.jsonl")
+    for row in rows[:2]:  # of step 1, token by token
+        assert "".join(row["tokens"]).removesuffix("<eos>") == row["completion"]
+        assert {len(v) for v in row["columns"].values()} == {len(row["tokens"])} and set(row["columns"]) == {"logp", "adv"}
+        assert all(x <= 0 for x in row["columns"]["logp"])
+    assert not any("tokens" in row for row in rows[2:])
