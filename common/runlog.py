@@ -91,8 +91,7 @@ class Run:
             raise UserError(f"cannot write to the run folder {self.dir}: {error.strerror or error}") from None
 
     def restore(self, policy, optimizer):
-        """Starts the schedules of the optimizers, and loads weights, optimizer and state of the checkpoint found at the start,
-        if the run is a resumed one."""
+        """Starts the optimizers' schedules; a resumed run gets what the checkpoint found at the start holds."""
         self.schedules = _schedules([optimizer, *(o for _, o in self.extra.values())], self.args)
         if self.found:
             self.state = self.found[2]["state"]

@@ -2,11 +2,13 @@
 
 python -m runs.compare grpo sapo --seeds 3                        runs/compare/grpo-sapo.{png,json}
 python -m runs.compare grpo sapo --seeds 3 --out runs/reference/x -- --steps 60 --lr 3e-4
+python -m runs.compare grpo@route sapo@route grpo@route:1 sapo@route:1            two warm starts
 python -m runs.compare dpo@letters simpo@letters dpo@chain cdpo@chain,kappa=0 -- --eval-every 50
+python -m runs.compare --redraw --out runs/reference/x            the picture again, and the table
 
 What follows -- goes to every script. What follows @ is the --data of a script that learns from pairs, or the
 --task of another, and what follows a comma a further flag of that script alone. A finished run is not made
-again, unless the code has changed since.
+again, unless the code has changed since. An item is compared with the first one on the same data.
 """
 
 import json
@@ -17,27 +19,18 @@ from pathlib import Path
 
 import tyro
 
-from common import UserError
-from runs import launch
+from common import UserError, reason
+from runs import launch, pictures
 
-PANELS = dict(
-    accuracy="sampled {measure}",
-    length="completion length, tokens",
-    entropy="entropy, nats",
-    approx_kl="KL(rollout policy, policy), nats",
-)
-# The same for scripts that learn from pairs, from their evaluations; a row of panels for every data set.
-PAIR_PANELS = dict(
-    win_rate="win rate against the reference",
-    kl="KL to the reference, nats",
-    chosen_shift="log-ratio of the chosen response",
-    credit="credit of single tokens",
-)
+MEASURES = ("greedy accuracy after", "greedy score after", "win_rate")  # of a difference: the first there is
+MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
+WARM_STARTS = ("route",)  # tasks whose option, route:1, is the seed of another warm start
+KEPT = ("step", *pictures.ONLINE, *pictures.PAIRS, "chosen_shift")  # of a curve
 
 
 @dataclass
 class Options:
-    scripts: tyro.conf.Positional[tuple[str, ...]]
+    scripts: tyro.conf.Positional[tuple[str, ...]] = ()
     """scripts in algos/, each with @<data or task> and ,<flag>=<value> where these are not to be its own"""
     seeds: int = 3
     """seeds 1 to this"""
@@ -45,6 +38,8 @@ class Options:
     """runs at a time, each on its own share of the cores"""
     out: str | None = None
     """picture and table without ending; None: runs/compare/<scripts>"""
+    redraw: bool = False
+    """nothing is run: the picture and the table of what OUT.json has"""
 
 
 def parts(item):
@@ -91,13 +86,75 @@ def rows_of(path):
 
 def read(folder):
     """-> (rows of metrics.jsonl, greedy accuracy, or score, before, after)."""
-    words = (folder / "done").read_text().split()
-    return rows_of(folder / "metrics.jsonl"), float(words[2]), float(words[4])
+    evals = rows_of(folder / "evals.jsonl")
+    return rows_of(folder / "metrics.jsonl"), evals[0]["greedy_accuracy"], evals[-1]["greedy_accuracy"]
 
 
 def band(values):
     """One number per seed -> mean, least and greatest."""
     return dict(mean=statistics.mean(values), min=min(values), max=max(values), seeds=values)
+
+
+def difference(mine, base):
+    """Two lists, a number per seed -> the mean of the paired differences and their 95% bootstrap interval (percentile,
+    seeds resampled); low and high are None with one seed.
+
+    What the interval is worth: with three seeds it is the span of the three differences, since each of them is drawn
+    three times in 1 of 27 resamples, more than 1 in 40; a span of three holds a distribution's median in 75% of cases,
+    not 95%. From about eight seeds on it is an interval to speak of. BCa's correction would be estimated from the same
+    few numbers, and has no value where they are equal. Seeds of one warm start share what that start has learned:
+    the interval does not speak of other starts."""
+    from scipy import stats
+
+    deltas = sorted(m - b for m, b in zip(mine, base, strict=True))  # sorted: the order of seeds changes nothing
+    mean = statistics.mean(deltas)
+    if len(deltas) < 2:
+        return dict(mean=mean, low=None, high=None)
+    low, high = stats.bootstrap((deltas,), lambda x, axis: x.mean(axis), method="percentile", rng=0).confidence_interval
+    return dict(mean=mean, low=float(low), high=float(high))
+
+
+def verdict(*starts, several=False):
+    """Of (mine, base), two lists of a number per seed, once for each warm start -> "better" or "worse" where on every
+    one of them the means differ by MARGIN or more and the spans over seeds do not overlap, else "equal". `several`:
+    the task has further warm starts, which is said where only one was run."""
+
+    def word(mine, base):
+        if abs(statistics.mean(mine) - statistics.mean(base)) < MARGIN - 1e-9:
+            return "equal"
+        if min(mine) > max(base):
+            return "better"
+        return "worse" if max(mine) < min(base) else "equal"
+
+    words = {word(*start) for start in starts}
+    said = words.pop() if len(words) == 1 else "equal"
+    doubts = ["one seed"] * (len(starts[0][0]) == 1) + ["one warm start"] * (several and len(starts) == 1)
+    return f"{said} ({', '.join(doubts)})" if doubts and said != "equal" else said
+
+
+def differences(summaries, data):
+    """{item: summary}, {item: what it ran on} -> {item: {against, measure, mean, low, high, verdict}}: every item against
+    the first one on the same data."""
+    measure = next((m for m in MEASURES if all(m in s for s in summaries.values())), None)
+    if not summaries or not measure:
+        return {}
+    values = {item: s[measure]["seeds"] for item, s in summaries.items()}
+    bases, out = {}, {}
+    for item in values:
+        bases.setdefault(data[item], item)
+
+    def place(item):
+        """What an item and its twins on other warm starts have in common."""
+        world = data[item].partition(":")[0]
+        return parts(item)[2], parts(bases[data[item]])[2], world if world in WARM_STARTS else data[item]
+
+    for item in [i for i in values if bases[data[i]] != i]:
+        twins = [i for i in values if place(i) == place(item)]
+        starts = {data[i]: (values[i], values[bases[data[i]]]) for i in twins}
+        said = verdict(*starts.values(), several=place(item)[2] in WARM_STARTS)
+        against = bases[data[item]]
+        out[item] = dict(against=against, measure=measure, **difference(values[item], values[against]), verdict=said)
+    return out
 
 
 def summarise_pairs(runs):
@@ -116,6 +173,9 @@ def summarise(runs, measure="accuracy"):
     def mean(key, part=slice(None)):
         return [statistics.mean(r[key] for r in rows[part]) for rows in metrics]
 
+    def greatest(key):
+        return [max((r[key] for r in rows if r[key] == r[key]), default=float("nan")) for rows in metrics]
+
     late = slice(-10, None)
     values = {
         f"greedy {measure} before": [before for _, before, _ in runs],
@@ -123,7 +183,7 @@ def summarise(runs, measure="accuracy"):
         f"sampled {measure}, last 10 steps": mean("accuracy", late),
         f"sampled {measure}, mean of all steps": mean("accuracy"),
         "entropy, last 10 steps": mean("entropy", late),
-        "greatest KL in a step": [max(r["approx_kl"] for r in rows) for rows in metrics],
+        "greatest KL in a step": greatest("approx_kl"),
     }
     out = {k: band(v) for k, v in values.items()}
     if measure == "accuracy":
@@ -132,95 +192,41 @@ def summarise(runs, measure="accuracy"):
     return out
 
 
-# Both take {item: [run folders, one a seed]} and give (summaries {item: {name: band}}, curves
-# {item: [rows, one list a seed]}, the rows of panels for draw(), what the curves' "step" counts).
+def curve(folder, online):
+    """A run's curve: rows of metrics.jsonl with the evaluation of the same step in them, for pairs the evaluations
+    alone; what KEPT names, to five digits."""
+    steps = {}
+    for row in [*(rows_of(folder / "metrics.jsonl") if online else ()), *rows_of(folder / "evals.jsonl")]:
+        steps.setdefault(row["step"], {}).update(row)
+    kept = [{k: row[k] for k in KEPT if k in row} for _, row in sorted(steps.items())]
+    return [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in row.items()} for row in kept]
 
 
-def online(folders):
-    """Of scripts that learn from rewards."""
-    runs = {item: [read(f) for f in fs] for item, fs in folders.items()}
-    measure = (next(iter(folders.values()))[0] / "done").read_text().split()[1]
-    titles = [(k, title.format(measure=measure)) for k, title in PANELS.items()]
-    panels = [("", list(runs), dict(some)) for some in (titles[:2], titles[2:])]
-    curves = {item: [rows for rows, _, _ in rs] for item, rs in runs.items()}
-    return {item: summarise(rs, measure) for item, rs in runs.items()}, curves, panels, "rollout"
+def summary(folders, online):
+    """[folder, one a seed] of an item -> what the table shows of it."""
+    if not online:
+        return summarise_pairs([(rows_of(f / "metrics.jsonl"), rows_of(f / "evals.jsonl")) for f in folders])
+    return summarise([read(f) for f in folders], (folders[0] / "done").read_text().split()[1])
 
 
-def pairs(folders):
-    """Of scripts that learn from pairs."""
-    curves = {item: [rows_of(f / "evals.jsonl") for f in fs] for item, fs in folders.items()}
-    metrics = {item: [rows_of(f / "metrics.jsonl") for f in fs] for item, fs in folders.items()}
-    summaries = {item: summarise_pairs(list(zip(metrics[item], curves[item]))) for item in folders}
-    data = {i: json.loads((fs[0] / "config.json").read_text())["args"]["data"] for i, fs in folders.items()}
-    names = dict.fromkeys(data.values())
-    panels = [(name, [i for i in data if data[i] == name], PAIR_PANELS) for name in names]
-    return summaries, curves, panels, "update"
+def data_of(record):
+    """{item: what it ran on}; older records have what the items name."""
+    return record.get("data") or {item: parts(item)[1] for item in record["summary"]}
 
 
-def draw(results, rows, path, x):
-    """One panel per metric: the mean over seeds, and the band from the least to the greatest. `results`
-    {item: [rows of numbers, one list a seed]}; `rows` of panels, each (title, items shown, {metric: title});
-    `x`: what their "step" counts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    styles = [(c, s) for s in ("-", "--") for c in plt.get_cmap("tab10").colors]
-    looks = dict(zip(dict.fromkeys(parts(item)[2] for item in results), styles))
-    beside = 0.7 + 0.08 * max(map(len, looks))  # inches for the legend
-    wide, high = (3.4, 2.9) if len(rows[0][2]) > 2 else (5.4, 3.6)
-    size = (wide * len(rows[0][2]) + beside, high * len(rows) + 0.5)
-    figure, axes = plt.subplots(len(rows), len(rows[0][2]), figsize=size, squeeze=False)
-    labels = {}
-    for line_of_axes, (title, items, panels) in zip(axes, rows):
-        for axis, (metric, name) in zip(line_of_axes, panels.items()):
-            for item in items:
-                label = parts(item)[2]
-                colour, line = looks[label]
-                curves = [[(r["step"], r[metric]) for r in rs if metric in r] for rs in results[item]]
-                n = min(map(len, curves))
-                if not n:
-                    continue
-                steps = [s for s, _ in curves[0][:n]]
-                values = list(zip(*([v for _, v in c[:n]] for c in curves)))
-                means = [statistics.mean(v) for v in values]
-                least, most = [min(v) for v in values], [max(v) for v in values]
-                labels[label] = axis.plot(steps, means, line, color=colour, lw=1.6)[0]
-                axis.fill_between(steps, least, most, color=colour, alpha=0.12)
-            axis.set_title(f"{title}: {name}" if title else name, fontsize=9)
-            axis.grid(alpha=0.25)
-            if metric == "approx_kl":
-                axis.set_yscale("log")
-    for axis in axes[-1]:
-        axis.set_xlabel(x)
-    seeds = len(next(iter(results.values())))
-    figure.suptitle(f"mean over {seeds} seed{'s' * (seeds > 1)}; the band spans the seeds", fontsize=10)
-    figure.legend(labels.values(), labels, loc="center right", fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - beside / size[0], 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw(record, path):
+    """The picture of a record."""
+    curves, data = record["curves"], data_of(record)
+    labels = {item: parts(item)[2] for item in curves}
+    measure = next((key.split()[1] for s in record["summary"].values() for key in s if key.startswith("greedy ")), None)
+    if measure:
+        pictures.online(curves, labels, data, measure, path)
+    else:
+        pictures.pairs(curves, labels, data, path)
 
 
-def table(summaries):
-    """Markdown: a line a script, mean and span over the seeds."""
-
-    def cell(v):
-        if v is None:
-            return ""
-        if "mean" not in v:
-            return ", ".join("never" if s is None else str(s) for s in v["seeds"])
-        return f"{v['mean']:.3f} ({v['min']:.3f} to {v['max']:.3f})"
-
-    heads = list(dict.fromkeys(head for s in summaries.values() for head in s))
-    rows = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, s in summaries.items():
-        rows.append(f"| {name} | " + " | ".join(cell(s.get(h)) for h in heads) + " |")
-    return "\n".join(rows)
-
-
-def main(options, extra):
-    """Makes the runs that are missing, and writes picture and table. `extra`: flags for every script."""
+def checked(options):
+    """The items of a command, each once. UserError where they cannot be run side by side."""
     known = sorted(p.stem for p in (launch.ROOT / "algos").glob("*.py") if kind(p.stem))
     items = list(dict.fromkeys(options.scripts))
     for item in items:
@@ -228,30 +234,59 @@ def main(options, extra):
             raise UserError(f"no script algos/{parts(item)[0]}.py; there are: {', '.join(known)}")
     if not items or min(options.seeds, options.jobs) < 1:
         raise UserError("needs a script at least, and --seeds and --jobs of at least 1")
-    kinds = {kind(item) for item in items}
-    if len(kinds) > 1:
+    if len({kind(item) for item in items}) > 1:
         raise UserError("scripts that learn from pairs and others have no common curves: compare them apart")
+    return items
+
+
+def each(work, items, options, extra):
+    """{item: [what work(item, seed, extra, share of the cores) gives, for every seed]}, --jobs at a time."""
     cores = launch.cores() if options.jobs > 1 else []
     shares = [set(cores[i :: options.jobs]) for i in range(options.jobs)]
     todo = [(item, seed, extra) for item in items for seed in range(1, options.seeds + 1)]
-    folders = {}
-    for (item, *_), folder in zip(todo, launch.spread(run, todo, shares)):
-        folders.setdefault(item, []).append(folder)
-    summaries, curves, panels, x = (pairs if kinds == {"pairs"} else online)(folders)
+    found = {}
+    for (item, *_), result in zip(todo, launch.spread(work, todo, shares)):
+        found.setdefault(item, []).append(result)
+    return found
+
+
+def recorded(out):
+    """What OUT.json has. UserError where it is no record."""
+    try:
+        return json.loads(Path(f"{out}.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--redraw needs the numbers in {out}.json: {reason(error)}") from None
+
+
+def made(items, options, extra):
+    """Makes the runs that are missing -> the record."""
+    folders, online = each(run, items, options, extra), kind(items[0]) == "online"
+    configs = {i: json.loads((fs[0] / "config.json").read_text()) for i, fs in folders.items()}
+    data = {i: config["args"]["task" if online else "data"] for i, config in configs.items()}
+    summaries = {i: summary(fs, online) for i, fs in folders.items()}
+    return dict(
+        command="python -m runs.compare " + " ".join(sys.argv[1:]),
+        versions=configs[items[0]]["versions"],
+        data=data,
+        summary=summaries,
+        differences=differences(summaries, data),
+        curves={i: [curve(f, online) for f in fs] for i, fs in folders.items()},
+    )
+
+
+def main(options, extra):
+    """Writes picture and record, prints the table. `extra`: flags for every script."""
+    items = [] if options.redraw and options.out else checked(options)
     out = Path(options.out or launch.ROOT / "runs" / "compare" / "-".join(items).replace("/", "_"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw(curves, panels, out.with_suffix(".png"), x)
-    names = dict.fromkeys(["step", *(metric for *_, metrics in panels for metric in metrics)])
-    kept = {
-        item: [[{k: round(r[k], 5) for k in names if k in r} for r in rows] for rows in seeds]
-        for item, seeds in curves.items()
-    }
-    versions = json.loads((folders[items[0]][0] / "config.json").read_text())["versions"]
-    command = "python -m runs.compare " + " ".join(sys.argv[1:])
-    record = dict(command=command, versions=versions, summary=summaries, curves=kept)
-    out.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    print(table(summaries))
-    print(f"wrote {out.with_suffix('.png')} and {out.with_suffix('.json')}")
+    if options.redraw:
+        record = recorded(out)
+    else:
+        record = made(items, options, extra)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{out}.json").write_text(json.dumps(record) + "\n")
+    draw(record, f"{out}.png")
+    print(pictures.table(record["summary"], differences(record["summary"], data_of(record))))
+    print(f"wrote {out}.png" + ("" if options.redraw else f" and {out}.json"))
 
 
 if __name__ == "__main__":

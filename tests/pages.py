@@ -9,7 +9,7 @@ from tests.parts import measuring_lines, note
 
 MEASURES = ("greedy accuracy after", "greedy score after", "win_rate")  # of a verdict: the first there is
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
-PRESET = dict(task="addition", data="letters")  # the tiny model's, where a script has none of its own
+PRESET = dict(task="route", data="letters")  # the tiny model's, where a script has none of its own
 HEAD = """*Written by `python -m tests.sync`, never by hand; the reading order stands in tests/pages.py.*
 
 # The scripts
@@ -50,7 +50,8 @@ A script stands below its base and differs from it in what is named, and in noth
 added and removed, without docstring, own flags, what is word for word in a third script, and functions that
 only measure (counted apart); `python -m tests.sync sapo` prints them. *Better* and *worse*: the spans over the
 seeds do not overlap and the means differ by 0.03 or more, in the greedy accuracy or score after training, for
-pairs in the win rate against the start. All else is *equal*.
+pairs in the win rate against the start. All else is *equal*. On route all started from one warm start: to claim
+a difference takes a second (`python -m runs.compare grpo@route:1 ...`).
 """
 
 

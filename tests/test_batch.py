@@ -366,7 +366,7 @@ def test_lora_trains_and_syncs_merged_weights(tmp_path):
     from safetensors.torch import load_file
 
     folder = tmp_path / "lora" / "checkpoints" / "step-000002"
-    start = load_file(tiny_models.warm_start(tasks.world("addition")) + "/model.safetensors")
+    start = load_file(tiny_models.warm_start(tasks.world("route")) + "/model.safetensors")
     merged = load_file(folder / "model.safetensors")
     assert merged.keys() == start.keys()
     moved = [k for k in merged if not torch.equal(merged[k], start[k])]

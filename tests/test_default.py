@@ -11,7 +11,7 @@ __all__ = ["tiny"]
 
 
 def test_the_default_run_learns(tmp_path, tiny):
-    """Seed 1, as given out. What is learnt is the careful way: completions grow, and entropy falls at the fork."""
+    """Seed 1, as given out. What is learnt is which move leads on; the curve on the screen shows it as it goes."""
     done = subprocess.run(
         [sys.executable, str(GRPO), "--run-dir", str(tmp_path / "run")],
         cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ,
@@ -20,11 +20,16 @@ def test_the_default_run_learns(tmp_path, tiny):
     before, after = re.fullmatch(
         r"greedy accuracy (\S+) -> (\S+) on 512 held-out prompts", done.stdout.splitlines()[-1]
     ).groups()
-    assert float(before) < 0.6 and float(after) >= 0.95
-    rows = lines(tmp_path / "run" / "metrics.jsonl")
-    assert rows[-1]["step"] == len(rows) == 40
+    assert 0.30 <= float(before) <= 0.38 and float(after) >= 0.66
+    rows, evals = (lines(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "evals"))
+    assert rows[-1]["step"] == len(rows) == 120 and [e["step"] for e in evals] == list(range(0, 121, 20))
+    assert evals[1]["greedy_accuracy"] > evals[0]["greedy_accuracy"] + 0.1  # most of it comes early, and it goes on
+    assert evals[-1]["greedy_accuracy"] > evals[1]["greedy_accuracy"] + 0.05
     mean = lambda key, part: sum(r[key] for r in part) / len(part)  # noqa: E731
-    assert mean("accuracy", rows[-10:]) > mean("accuracy", rows[:1]) + 0.4
-    assert mean("length", rows[-10:]) > 1.8 * mean("length", rows[:1])
-    assert mean("entropy", rows[-10:]) < 0.3 * mean("entropy", rows[:1])
-    assert rows[0]["clip_fraction"] > 0.01  # the updates within a rollout are off-policy, or most methods would be the same
+    assert 0.08 <= rows[0]["accuracy"] <= 0.16 and mean("accuracy", rows[-10:]) > 0.55
+    assert mean("entropy", rows[-10:]) < 0.5 * mean("entropy", rows[:1])
+    assert mean("informative_groups", rows[-10:]) > 0.3  # there is still something to learn
+    assert all(r["clip_fraction"] > 0 for r in rows)  # the updates within a rollout are off-policy
+    assert "task route: '07>49:' -> '" in done.stdout
+    curve = [line for line in done.stdout.splitlines() if line.endswith("#")]
+    assert len(curve) == 7 and len(curve[-1].split()[-1]) > len(curve[0].split()[-1])

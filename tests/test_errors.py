@@ -115,7 +115,7 @@ CASES = {
         "Please reason step by step",
     ),
     "a character of the template given": (
-        ["--prompt-template", "<{{prompt}}>"],
+        ["--task", "addition", "--prompt-template", "<{{prompt}}>"],
         "addition:2: ",
         "not know the character '<' of '<",
     ),

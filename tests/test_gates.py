@@ -84,7 +84,7 @@ def test_the_picture(tmp_path, monkeypatch):
     gates.main(tmp_path / "gates")
     record = json.loads((tmp_path / "gates.json").read_text())
     assert len(record["ratios"]) == len(R) and (tmp_path / "gates.png").stat().st_size > 50_000
-    assert titles(pictures) == [[title.replace(", ", ",") for title in record["gates"]]]
+    assert ["".join(title.split()) for title in titles(pictures)[0]] == ["".join(title.split()) for title in record["gates"]]
     first = next(iter(record["gates"]))
     assert first.startswith("grpo, dr_grpo") and "reinforce" in first and "rto" not in str(list(record["gates"]))
     [axes] = pictures

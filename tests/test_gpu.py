@@ -20,7 +20,7 @@ from tests.helpers import ROOT, run
 
 GIB = memory.GIB
 SMALL = (
-    "--steps 3 --prompts-per-step 8 --group-size 4 --eval-prompts 16 --checkpoint-every 1 "
+    "--task addition --steps 3 --prompts-per-step 8 --group-size 4 --eval-prompts 16 --checkpoint-every 1 "
     "--micro-batch-tokens 256 --dtype float64"
 ).split()
 

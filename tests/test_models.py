@@ -73,7 +73,7 @@ def test_presets_follow_the_size(tmp_path, shape, optimizer, checkpointing):
 def test_tiny_preset_leaves_nothing_open():
     args, _ = settings.resolve(grpo.Args())
     left = {k for k, v in vars(args).items() if v is None}
-    assert left == {"prompt_template", "resume", "run_dir"}
+    assert left == {"prompt_template", "system_prompt", "reward", "resume", "run_dir", "push_to_hub", "lora_alpha"}
 
 
 # ---------------------------------------------------------------- what a flag may be
@@ -153,8 +153,8 @@ def test_a_script_without_training_gets_what_it_has():
         micro_batch_tokens: int | None = None
 
     args, config = settings.resolve(Scores())
-    assert vars(args) == dict(model="tiny", task="addition", dtype="float32", max_new_tokens=28, micro_batch_tokens=16384)
-    assert config.vocab_size == 78
+    assert vars(args) == dict(model="tiny", task="route", dtype="float32", max_new_tokens=28, micro_batch_tokens=16384)
+    assert config.vocab_size == 79
     args, _ = settings.resolve(Scores(task="countdown:4"))
     assert args.max_new_tokens == 48
 
@@ -224,7 +224,7 @@ def brief():
 @pytest.mark.parametrize("name", ["tiny-small", "tiny-deep", "tiny-large"])
 def test_the_other_tiny_models(tmp_path, name):
     """Any of them by name, from warm start to checkpoint."""
-    argv = "--steps 2 --prompts-per-step 4 --group-size 4 --minibatches 2 --eval-prompts 8 --run-dir".split()
+    argv = "--task addition --steps 2 --prompts-per-step 4 --group-size 4 --minibatches 2 --eval-prompts 8 --run-dir".split()
     env = dict(TOKENPO_CACHE=str(tmp_path / "cache"))
     done = run(tmp_path, "--model", name, *argv, tmp_path / "run", before=brief, env=env)
     assert done.code == 0 and done.err == "", done.err

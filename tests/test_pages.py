@@ -40,11 +40,11 @@ def test_verdicts(tmp_path):
     (tmp_path / "other.json").write_text(json.dumps([1]))
     assert pages.verdict(lesson, BASE, pages.records(tmp_path)) == "not compared"
     found = results(tmp_path, "a", "python -m runs.compare grpo sapo --seeds 3", **greedy)
-    assert pages.verdict(lesson, BASE, found) == "better on addition"
-    found = results(tmp_path, "b", "... -- --task route --eval-every=5", sapo=(0.5, 0.6), grpo=(0.8, 0.8))
-    assert pages.verdict(lesson, BASE, found) == "better on addition, worse on route"
+    assert pages.verdict(lesson, BASE, found) == "better on route"
+    found = results(tmp_path, "b", "... -- --task addition --eval-every=5", sapo=(0.5, 0.6), grpo=(0.8, 0.8))
+    assert pages.verdict(lesson, BASE, found) == "better on route, worse on addition"
     found = results(tmp_path, "c", "... -- --lr 1e-3", sapo_at_route=(0.5, 0.6), grpo_at_route=(0.5, 0.6))
-    assert pages.verdict(lesson, BASE, found).endswith("worse on route, equal on route with --lr 1e-3")
+    assert pages.verdict(lesson, BASE, found).endswith("worse on addition, equal on route with --lr 1e-3")
     # what has flags of its own, other data or another record is not compared
     (tmp_path / "a.json").unlink(), (tmp_path / "b.json").unlink()
     found = results(tmp_path, "c", "...", sapo_at_a=(1, 1), grpo_at_b=(0, 0), grpo=(0, 0))
@@ -54,7 +54,7 @@ def test_verdicts(tmp_path):
 
 def test_data_of_a_script():
     task, data = "    task: str | None = None\n", "    data: str | None = None\n"
-    assert pages.setting("", task) == ("addition", "") and pages.setting("", data) == ("letters", "")
+    assert pages.setting("", task) == ("route", "") and pages.setting("", data) == ("letters", "")
     assert pages.setting("", '    task: str = "route"\n') == ("route", "")
     preset = '    tiny_preset = dict(\n        lr=1,\n        data="record",\n    )\n'
     assert pages.setting("", data + preset) == ("record", "")
@@ -94,7 +94,7 @@ def test_pages_say_what_scripts_say(tmp_path):
     ratio, tokens = index.index("## ratio"), index.index("## tokens")
     assert index[ratio + 2].startswith("- [grpo](grpo.py): Sample a group of completions per prompt")
     idea = "GRPO's clip is a cliff: inside the interval a token counts fully, outside it not at all."
-    changes = "Changes `surrogate`, `gae` as in [ppo](ppo.py); 7 lines; better on addition."
+    changes = "Changes `surrogate`, `gae` as in [ppo](ppo.py); 7 lines; better on route."
     assert index[ratio + 3] == f"  - [sapo](sapo.py): {idea} {changes}"
     assert index[tokens + 2] == "- from [sapo](sapo.py):"
     assert index[tokens + 3].startswith("  - [far](far.py): ")

@@ -79,7 +79,8 @@ def test_config_json(whole):
     assert config["script"] == "grpo" and config["world_size"] == 1 and config["device"] == "cpu"
     expected = dict(model="tiny", task="addition", steps=6, lr=1e-4, dtype="float32", optimizer="adamw", eps=0.2, resume=None)
     assert expected.items() <= config["args"].items()
-    assert [k for k, v in config["args"].items() if v is None] == ["prompt_template", "resume"]
+    none = [k for k, v in config["args"].items() if v is None]
+    assert none == ["reward", "prompt_template", "system_prompt", "resume", "push_to_hub", "lora_alpha"]
     assert config["versions"] == dict(
         python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__
     )
@@ -432,7 +433,7 @@ def poison(*updates):
 
 def test_an_update_that_is_not_finite_is_skipped(tiny, tmp_path):
     """All updates of one step poisoned: the weights are those of the start, bit for bit, and so is the optimizer."""
-    argv = "--steps 1 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8 --run-dir".split()
+    argv = "--task addition --steps 1 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8 --run-dir".split()
     done = run(tmp_path, *argv, tmp_path / "run", before=functools.partial(poison, 1, 2))
     assert done.code == 0, done.err
     (row,) = lines(tmp_path / "run" / "metrics.jsonl")

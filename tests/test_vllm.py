@@ -14,7 +14,7 @@ from common import gpu, models, rollout, tasks
 from common.batch import read
 from common.worlds import tiny
 
-SMALL = "--steps 3 --prompts-per-step 16 --eval-prompts 64 --checkpoint-every 2 --engine vllm".split()
+SMALL = "--task addition --steps 3 --prompts-per-step 16 --eval-prompts 64 --checkpoint-every 2 --engine vllm".split()
 
 
 def test_training_end_to_end(tmp_path):
@@ -28,6 +28,18 @@ def test_training_end_to_end(tmp_path):
     assert rows[-1]["approx_kl"] > 0 and rows[-1]["length"] > rows[0]["length"] + 3  # the weights moved, and reached vLLM
     before, after = (float(w) for w in done.stdout.strip().splitlines()[-1].split()[2:5:2])
     assert after > before + 0.2
+
+
+def test_stop_strings(tmp_path):
+    """A completion ends with the first of the strings, which stays in it and is no truncation; a prompt's own does not count."""
+    argv = [*SMALL, "--steps", "1", "--stop", "=1", ":", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "algos/grpo.py", *argv], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "samples.jsonl")]
+    texts = [r["completion"] for r in rows]
+    assert all(t.endswith(("=1", ":")) and not any(s in t[:-1] for s in ("=1", ":")) for t in texts), texts
+    assert not any(r["truncated"] for r in rows) and len(rows) == 8
+    assert [r["sampler_gap_max"] < 1e-4 for r in map(json.loads, open(tmp_path / "run" / "metrics.jsonl"))] == [True]
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -124,7 +124,7 @@ def ours(work, folder, prompts):
     def check(text, answer):
         return None, float(hash(text) % 2)
 
-    def load(name, tokenizer, template=None):
+    def load(name, tokenizer, *others):
         task = tasks.Task("bench", examples[:split], examples[split:], check, inline=True)
         tasks.encode(task, tokenizer)
         return task
