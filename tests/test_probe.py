@@ -188,6 +188,7 @@ def test_the_record_and_the_tables(tiny, tmp_path, monkeypatch, capsys):
     assert sum(first["right"]) > 0 and record["prompts"] == [e.id for e in task.test[:6]]
     blind = record["chance"]
     assert blind["tiers"]["0"]["pass@2"] == pytest.approx(1 - 0.75**2, abs=1e-6) and blind["tiers"]["1"]["prompts"] == len(odd)
+    assert (record["options"]["seed"], record["options"]["group"], record["options"]["ceiling"]) == (1, 4, 0.75)
     assert record["command"].startswith("python -m runs.probe ") and record["versions"]["torch"] == torch.__version__
 
     (left, right), printed = pictures[0], capsys.readouterr().out

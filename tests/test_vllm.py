@@ -31,7 +31,7 @@ def test_training_end_to_end(tmp_path):
 
 
 def test_stop_strings(tmp_path):
-    """A completion ends with the first of the strings, which stays in it and is no truncation; a prompt's own does not count."""
+    """A completion ends with the first of the strings, which stays in it and is no truncation."""
     argv = [*SMALL, "--steps", "1", "--stop", "=1", ":", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "algos/grpo.py", *argv], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
