@@ -36,13 +36,13 @@ class Args:
     prompt_template: str | None = None
     """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
     system_prompt: str | None = None
-    """turn of the system in that chat template"""
+    """message of the system, for models with a chat template"""
     seed: int = 1
-    """of the prompts' order, the sampling and the minibatches"""
+    """seed of the prompts' order, the sampling and the minibatches"""
     steps: int | None = None
     """rollouts in all; None here and below: the preset of the model"""
     prompts_per_step: int | None = None
-    """P, over all processes"""
+    """prompts in a rollout, of all processes together (P)"""
     group_size: int | None = None
     """G, completions per prompt"""
     minibatches: int | None = None
@@ -50,13 +50,13 @@ class Args:
     epochs: int = 1
     """passes over each rollout"""
     stale: int = 0
-    """rollouts between the policy that samples a batch and its training; the queue is filled before the first update"""
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
     lr: float | None = None
     """AdamW's rate"""
     warmup_steps: int = 0
     """steps over which the rate rises to lr"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0
@@ -76,7 +76,7 @@ class Args:
     tis_cap: float = 2.0
     """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
     tis_level: Literal["token", "sequence"] = "token"
-    """of what that ratio is taken: each token, or the whole completion, where the objective moves it as one"""
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
     vllm_memory: float = 0.45
     """share of the GPU that vLLM may take while sampling"""
     vllm_tp: int = 1
@@ -86,9 +86,9 @@ class Args:
     eval_prompts: int = 512
     """held-out prompts, at most"""
     eval_samples: int = 0
-    """N completions of each as well: avg@N, their mean, and pass@N, whether one is right; 0: the greedy one only"""
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
     eval_temperature: float = 1.0
-    """of these N"""
+    """temperature of these samples"""
     checkpoint_every: int | None = None
     """steps between checkpoints; 0: only at the end"""
     resume: str | None = None

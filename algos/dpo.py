@@ -44,7 +44,7 @@ class Args:
     warmup_steps: int = 0
     """steps over which the rate rises to lr"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """of the rate after that; linear and cosine reach 0 at the last of the steps"""
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
     weight_decay: float = 0.0
     """AdamW's"""
     max_grad_norm: float = 1.0

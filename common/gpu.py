@@ -1,6 +1,7 @@
 """Devices and processes: torchrun with FSDP2, sums over ranks, seeds, optimizers, gradient norms."""
 
 import datetime
+import math
 import os
 
 import torch
@@ -178,6 +179,21 @@ def make_optimizer(policy, args):
 
     kind = optim.AdamW8bit if args.optimizer == "adamw_8bit" else optim._AdamW
     return kind(weights, **settings, bf16_stochastic_round=args.dtype == "bfloat16")
+
+
+def make_schedules(optimizers, args):
+    """The rate of each optimizer over the run's steps: up over args.warmup_steps of them, then args.lr_schedule, which falls to
+    0 at the last (linear, cosine). None are made for a constant rate."""
+    warm, left = vars(args).get("warmup_steps", 0), vars(args).get("steps")
+    kind = vars(args).get("lr_schedule", "constant")
+
+    def rate(step):
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        gone = min(1.0, (step - warm) / max(1, left - warm))
+        return dict(constant=1.0, linear=1.0 - gone, cosine=(1 + math.cos(math.pi * gone)) / 2)[kind]
+
+    return [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers if warm or kind != "constant"]
 
 
 def clip_gradients(policy, max_norm, partial=False):

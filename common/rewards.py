@@ -32,7 +32,8 @@ class Own:
         try:
             _function(self.path, self.name)
         except Exception as error:
-            raise UserError(f"--reward {spec}: needs file.py:function ({reason(error)})") from None
+            why = f"no function {self.name}" if isinstance(error, KeyError) else reason(error)
+            raise UserError(f"--reward {spec}: needs file.py:function ({why})") from None
 
     def __call__(self, text, answer):
         try:

@@ -54,7 +54,8 @@ class Run:
             if world and world.demonstrate:
                 shown = world.test[0]
                 right = world.demonstrate(random.Random(0), shown, 1.0)
-                print(f"task {world.name}: {shown.prompt!r} -> {right!r}", flush=True)
+                rule = sys.modules[f"common.worlds.{world.name.partition(':')[0]}"].__doc__.partition(": ")[2].partition(".")[0]
+                print(f"task {world.name}: {rule}; {shown.prompt!r} -> {right!r}", flush=True)
             print(f"run folder {self.dir}", flush=True)
             self.bar = tqdm(total=self.total, initial=start, desc=self.name, disable=None, dynamic_ncols=True)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,7 +93,7 @@ class Run:
 
     def restore(self, policy, optimizer):
         """Starts the optimizers' schedules; a resumed run gets what the checkpoint found at the start holds."""
-        self.schedules = _schedules([optimizer, *(o for _, o in self.extra.values())], self.args)
+        self.schedules = gpu.make_schedules([optimizer, *(o for _, o in self.extra.values())], self.args)
         if self.found:
             self.state = self.found[2]["state"]
             checkpoint.restore(self, self.found, policy, optimizer)
@@ -184,9 +185,12 @@ class Run:
             if self.state["step"] % 20 == 1:
                 row |= self._by_token(batch, i)
             self.samples.write(json.dumps(row) + "\n")
-            if i < 2 and self.aloud:
-                text = text if len(text) < 300 else f"{text[:140]} ... {text[-140:]}"
-                self.bar.write(f"             reward {reward:.1f}  {text!r}")
+        group = batch.reward[: batch.group]
+        for i in sorted({group.argmax().item(), group.argmin().item()}) if self.aloud else ():
+            asked, text = batch.ids[i, : -batch.mask.shape[1]][batch.attention_mask[i, : -batch.mask.shape[1]]], batch.texts[i]
+            asked = self.tokenizer.decode(asked, skip_special_tokens=True)[-60:]
+            text = text if len(text) < 300 else f"{text[:140]} ... {text[-140:]}"
+            self.bar.write(f"             reward {batch.reward[i]:.1f}  {asked!r} -> {text!r}")
 
     def _by_token(self, batch, i):
         """What samples.jsonl has of every token of row i: its text, and the columns [B, T] by name."""
@@ -243,18 +247,3 @@ class Run:
     def _words(self, name):
         """A number's name in words."""
         return name.replace("_", " ").replace("greedy accuracy", f"greedy {self.measure}")
-
-
-def _schedules(optimizers, args):
-    """The rate of each optimizer over the run's steps: up over args.warmup_steps of them, then args.lr_schedule, which falls to
-    0 at the last (linear, cosine). None are made for a constant rate."""
-    warm, left = vars(args).get("warmup_steps", 0), vars(args).get("steps")
-    kind = vars(args).get("lr_schedule", "constant")
-
-    def rate(step):
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        gone = min(1.0, (step - warm) / max(1, left - warm))
-        return dict(constant=1.0, linear=1.0 - gone, cosine=(1 + math.cos(math.pi * gone)) / 2)[kind]
-
-    return [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers if warm or kind != "constant"]

@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from common import UserError, gpu, models, tasks
+from common import UserError, gpu, models, rewards, tasks
 from common.worlds import tiny
 
 # What a field of Args that was left at None becomes. TINY is the embedded default; the others are chosen by the number of
@@ -103,6 +103,8 @@ def _check(args):
                 words = [f"{'above' if above == '<' else 'at least'} {low}"] if low else []
                 words += [f"{'below' if below == '<' else 'at most'} {high}"] if high else []
                 raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {value}{colon}{why}")
+    if vars(args).get("reward"):
+        rewards.Own(args.reward)  # before a model is made
     if getattr(args, "dtype", None) == "bfloat16" and getattr(args, "optimizer", None) == "adamw":
         lost = "nearly every update of bfloat16 weights away (a step of 1e-6 is far below a weight's last bit)"
         raise UserError(f"--optimizer adamw would round {lost}; use adamw_sr, adamw_8bit, or --dtype float32")

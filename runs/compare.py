@@ -128,8 +128,9 @@ def verdict(*starts, several=False):
 
     words = {word(*start) for start in starts}
     said = words.pop() if len(words) == 1 else "equal"
-    doubts = ["one seed"] * (len(starts[0][0]) == 1) + ["one warm start"] * (several and len(starts) == 1)
-    return f"{said} ({', '.join(doubts)})" if doubts and said != "equal" else said
+    doubts = ["one seed"] * (len(starts[0][0]) == 1)
+    doubts += ["one warm start"] * (several and len(starts) == 1 and said != "equal")
+    return f"{said} ({', '.join(doubts)})" if doubts else said
 
 
 def differences(summaries, data):

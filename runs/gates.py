@@ -101,7 +101,7 @@ def draw(gates, path, columns=4):
         axes.flat[list(axes.flat).index(axis) - columns].tick_params(labelbottom=True)
     axes.flat[len(gates)].legend(*axes.flat[0].get_legend_handles_labels(), loc="center left", fontsize=9, frameon=False)
     figure.supxlabel("ratio pi / pi_old of what is moved", fontsize=9)
-    figure.supylabel("gradient weight, 1 on policy (axis in square roots)", fontsize=9)
+    figure.supylabel("push: gradient of logp, 1 on policy (axis in square roots)", fontsize=9)
     figure.savefig(path, dpi=pictures.DPI)
     plt.close(figure)
 

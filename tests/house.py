@@ -19,7 +19,7 @@ ORDINARY = {
 CALLED_BY_TORCH = ("forward", "backward")
 # What a module is there for: one user is enough.
 PURPOSE = {
-    "gpu": ("init", "choose"),
+    "gpu": ("init", "choose", "make_schedules"),
     "policy": ("Policy", "Packing", "HeadLogp"),
     "engines": ("Decoder", "HF", "VLLM", "draw"),
     "rewards": ("Own",),

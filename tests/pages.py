@@ -22,7 +22,8 @@ In this order a script needs only those before it. What to look at is named as i
 # {script: what to look at in it}, in the order of reading. What stands between backticks is in the script.
 READING = {
     "reinforce": "the baseline is the whole method: `returns` adds up the reward that is still to come, and "
-    "`advantages` subtracts nothing from it, the mean over all tokens, or before that the group's mean.",
+    "`advantages` subtracts nothing from it, the mean over all tokens, or before that the group's mean "
+    "(its `surrogate` is grpo's: leave it for the next).",
     "grpo": "the frame of all that follows: read `train` once from top to bottom, then the functions that "
     "make its loss; in `advantages` the group is its own baseline, in `surrogate` the `torch.min` takes the "
     "gradient from a token that has moved far enough in the direction of its advantage.",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from algos import grpo
-from common import UserError, checkpoint, engines, gpu, models, rewards, rollout, runlog, settings, tasks
+from common import UserError, checkpoint, engines, gpu, models, rewards, rollout, settings, tasks
 from common.worlds import tiny as tiny_models
 from tests.batches import args, tiny
 from tests.helpers import checkpoints, lines, outcome, run, same, user_error
@@ -74,7 +74,7 @@ def test_what_it_raises_is_told_once_and_scores_0(own, capfd):
 
 @pytest.mark.parametrize(
     "spec, reason",
-    [("{own}", "needs file.py:function"), ("{own}:missing", "'missing'"), ("{own}x:equals", "No such file"),
+    [("{own}", "needs file.py:function"), ("{own}:missing", "no function missing"), ("{own}x:equals", "No such file"),
      ("{folder}/broken.py:f", "division by zero")],
 )  # fmt: skip
 def test_rewards_that_cannot_be_loaded(own, spec, reason):
@@ -127,7 +127,7 @@ def test_stop_strings_end_a_completion(tiny, stop):
 
 
 def rates(optimizer, n, **flags):
-    schedules = runlog._schedules([optimizer], SimpleNamespace(**flags))
+    schedules = gpu.make_schedules([optimizer], SimpleNamespace(**flags))
     out = []
     for _ in range(n):
         out.append(float(optimizer.param_groups[0]["lr"]))
@@ -149,7 +149,7 @@ def test_rates():
     assert rates(adamw(), 7, lr_schedule="linear", **flags) == pytest.approx([*up, 2, 1.5, 1, 0.5, 0])
     half = math.sqrt(0.5)
     assert rates(adamw(), 7, lr_schedule="cosine", **flags) == pytest.approx([*up, 2, 1 + half, 1, 1 - half, 0])
-    assert runlog._schedules([adamw()], SimpleNamespace(steps=6, warmup_steps=0, lr_schedule="constant")) == []
+    assert gpu.make_schedules([adamw()], SimpleNamespace(steps=6, warmup_steps=0, lr_schedule="constant")) == []
 
 
 def test_rates_of_torchao_optimizers():

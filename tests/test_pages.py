@@ -93,7 +93,8 @@ def test_pages_say_what_scripts_say(tmp_path):
     assert index[0].startswith("*Written by `python -m tests.sync`, never by hand")
     ratio, tokens = index.index("## ratio"), index.index("## tokens")
     assert index[ratio + 2].startswith("- [grpo](grpo.py): Sample a group of completions per prompt")
-    idea = "GRPO's clip is a cliff: inside the interval a token counts fully, outside it not at all."
+    idea = "GRPO's clip is a cliff: a token counts fully until its ratio has left the interval in the direction of its "
+    idea += "advantage, then not at all."
     changes = "Changes `surrogate`, `gae` as in [ppo](ppo.py); 7 lines; better on route."
     assert index[ratio + 3] == f"  - [sapo](sapo.py): {idea} {changes}"
     assert index[tokens + 2] == "- from [sapo](sapo.py):"
