@@ -30,8 +30,8 @@ PRELOAD = """pytest torch torch.utils.tensorboard torch.distributed.tensor torch
     transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
     transformers.models.qwen2.modeling_qwen2""".split()
 # What makes a run small. 6 steps of 2 updates, checkpoints at 2, 4 and 6 of which 4 and 6 stay.
-SMALL = """--task addition --steps 6 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 32 --checkpoint-every 2
-    --eval-every 3""".split()
+SMALL = """--steps 6 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 32 --checkpoint-every 2
+    --eval-every 3 --task addition""".split()
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

@@ -58,6 +58,7 @@ VERDICTS = [
     ([(HIGH, LOW), (HIGH, LOW)], dict(several=True), "better"),
     ([(HIGH, LOW), (OVER, LOW)], dict(several=True), "equal"),  # it has to hold on each
     ([(HIGH, LOW), (LOW, HIGH)], dict(several=True), "equal"),
+    ([([0.5], [0.5])], {}, "equal (one seed)"),
     ([(LOW, HIGH), (LOW, HIGH)], dict(several=True), "worse"),
     ([([0.9], [0.5])], dict(several=True), "better (one seed, one warm start)"),
 ]
@@ -233,6 +234,6 @@ def test_online(tmp_path, monkeypatch, capsys, measure):
     curve = record["curves"][items[1]][0]
     assert curve[0] == dict(step=0, greedy_accuracy=0.1523) and curve[10]["greedy_accuracy"] == 9 and len(curve) == 21
     table = capsys.readouterr().out
-    assert "| rto,scale=0 | 0.152" in table and "| rto,scale=0 | +0.000 | equal |" in table
+    assert "| rto,scale=0 | 0.152" in table and "| rto,scale=0 | +0.000 | equal (one seed) |" in table
     # greedy, entropy, KL and length of every item, but no sampled accuracy
     assert titles(pictures) == [items * 4] and record["data"] == dict.fromkeys(items, "route")

@@ -29,7 +29,7 @@ def test_the_default_run_learns(tmp_path, tiny):
     assert 0.08 <= rows[0]["accuracy"] <= 0.16 and mean("accuracy", rows[-10:]) > 0.55
     assert mean("entropy", rows[-10:]) < 0.5 * mean("entropy", rows[:1])
     assert mean("informative_groups", rows[-10:]) > 0.3  # there is still something to learn
-    assert all(r["clip_fraction"] > 0 for r in rows)  # the updates within a rollout are off-policy
-    assert "task route: '07>49:' -> '" in done.stdout
+    assert mean("clip_fraction", rows) > 5e-4  # the updates within a rollout are off-policy
+    assert "task route: lead one number to another by +7, -4 and *2; '07>49:' -> '" in done.stdout
     curve = [line for line in done.stdout.splitlines() if line.endswith("#")]
     assert len(curve) == 7 and len(curve[-1].split()[-1]) > len(curve[0].split()[-1])
