@@ -152,8 +152,7 @@ def overlong_penalty(lengths, args):
 
 def informative(accuracy, args):
     """[P, G] -> [P]: groups neither all right nor all wrong. Eq. 11, of the accuracy: the penalty sets wrong ones apart too."""
-    right = accuracy.sum(1)
-    return (right > 0) & (right < accuracy.shape[1]) | (args.max_gen_batches == 0)
+    return (accuracy.max(1).values > accuracy.min(1).values) | (args.max_gen_batches == 0)
 
 
 def surrogate(logp, old_logp, adv, mask, args):

@@ -26,10 +26,10 @@ def save(run, policy, optimizer):
     weights = {name: weight.cpu().contiguous() for name, weight in full if run.main}  # all ranks take part, one keeps
     saved = dict(state=run.state, queue=gpu.gather_objects(run.queue))
     saved["own"] = {k: gpu.whole(v).cpu() for k, v in policy.state_dict().items() if not lm or ".lora_" in k}
-    saved["optimizer"] = dcp.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
+    saved["optimizer"] = _states(policy, optimizer)
     saved["schedules"] = [schedule.state_dict() for schedule in run.schedules]
     for name, pair in run.extra.items():
-        saved[name] = dcp.get_state_dict(*pair, options=WHOLE)
+        saved[name] = dcp.get_model_state_dict(pair[0], options=WHOLE), _states(*pair)
     if not run.main or folder.exists():
         return
     with whole_folder(folder, "the checkpoint") as scratch:
@@ -41,6 +41,11 @@ def save(run, policy, optimizer):
         (scratch / "manifest.json").write_text(json.dumps(dict(model=_key(policy), files=sums)))
     for old in _all(run.dir)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _states(module, optimizer):
+    """An optimizer's state, None before its first step: dcp would make one, whose step counter is at 1 already."""
+    return dcp.get_optimizer_state_dict(module, optimizer, options=WHOLE) if optimizer.state else None
 
 
 def may_push(repository):
@@ -94,16 +99,24 @@ def restore(run, found, policy, optimizer):
     # A tied head is in neither, since it is the embeddings; beside adapters the weights are those of the start.
     weights = saved["own"] or {f"lm.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
     dcp.set_model_state_dict(policy, weights, options=WHOLE)
-    dcp.set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
-    for schedule, state in zip(run.schedules, saved.get("schedules", ())):
-        schedule.load_state_dict(state)
+    if saved["optimizer"]:
+        dcp.set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
     for name, pair in run.extra.items():
         weights, states = saved[name]
-        dcp.set_state_dict(*pair, model_state_dict=weights, optim_state_dict=states, options=WHOLE)
+        dcp.set_model_state_dict(pair[0], weights, options=WHOLE)
+        if states:
+            dcp.set_optimizer_state_dict(*pair, states, options=WHOLE)
+    for schedule, state in zip(run.schedules, saved.get("schedules", ())):
+        schedule.load_state_dict(state)
+        gpu.set_rate(schedule)  # --steps may have changed
     if len(saved["queue"]) == gpu.world():
         run.queue = saved["queue"][gpu.rank()]
     elif saved["queue"][0]:
         joined = [Batch.join(parts) for parts in zip(*saved["queue"])]
+        odd = [n for n in (len(b.ids) // b.group for b in joined) if n % gpu.world()]
+        if odd:
+            what = f"a rollout that waits has {odd[0]} groups, which {gpu.world()} processes cannot share evenly"
+            raise UserError(f"--resume {run.dir}: {what}; go on with {len(saved['queue'])}")
         run.queue = [b.groups(gpu.local(torch.arange(len(b.ids) // b.group))) for b in joined]
     if run.main:
         folders = _all(run.dir)

@@ -196,6 +196,17 @@ def make_schedules(optimizers, args):
     return [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers if warm or kind != "constant"]
 
 
+def set_rate(schedule):
+    """Gives a schedule's optimizer the rate of the step that it is at."""
+    for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+        now = float(base) * rate(schedule.last_epoch)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(now)
+        else:
+            group["lr"] = now
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
 def clip_gradients(policy, max_norm, partial=False):
     """Scales the gradients to a norm of at most max_norm, over all ranks; returns the norm before. RuntimeError where a trained
     weight has none, unless partial says that this is meant: under FSDP2 a forward pass after backward() hides some."""

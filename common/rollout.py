@@ -54,7 +54,7 @@ def evaluate(engine, scorer, tokenizer, task, args):
         """[prompts of this rank, n]. The noise is the same at every evaluation."""
         seeds = [gpu.hash_seed(args.seed, i, 13) for i in numbers]
         out = engine.generate([examples[i].ids for i in numbers], n, args.max_new_tokens, temperature, seeds)
-        texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True) if out else []
         _, found = scorer(texts, [examples[i].answer for i in numbers for _ in range(n)])
         return torch.tensor([s * ended for s, (_, _, ended) in zip(found, out)], dtype=torch.float64).view(-1, n)
 

@@ -19,7 +19,7 @@ ORDINARY = {
 CALLED_BY_TORCH = ("forward", "backward")
 # What a module is there for: one user is enough.
 PURPOSE = {
-    "gpu": ("init", "choose", "make_schedules"),
+    "gpu": ("init", "choose", "make_schedules", "set_rate"),
     "policy": ("Policy", "Packing", "HeadLogp"),
     "engines": ("Decoder", "HF", "VLLM", "draw"),
     "rewards": ("Own",),

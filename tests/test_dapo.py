@@ -68,6 +68,8 @@ def test_only_mixed_groups_are_informative():
     accuracy = torch.tensor([[0.0, 0, 0], [0, 1, 0], [1, 1, 1], [1, 1, 0]])
     assert dapo.informative(accuracy, dapo.Args()).tolist() == [False, True, False, True]
     assert dapo.informative(accuracy, dapo.Args(max_gen_batches=0)).all()
+    scores = torch.tensor([[0.5, 0.5, 0.5], [5.0, 7.0, 9.0], [-1.0, -1.0, -0.5], [2.0, 2.0, 2.0]])  # of a reward of one's own
+    assert dapo.informative(scores, dapo.Args()).tolist() == [False, True, True, False]
 
 
 def test_checks_that_were_killed_are_counted(tmp_path, monkeypatch):

@@ -3,7 +3,9 @@ sampled evaluations, rollouts that wait."""
 
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from algos import grpo
 from common import UserError, checkpoint, engines, gpu, models, rewards, rollout, settings, tasks
 from common.worlds import tiny as tiny_models
 from tests.batches import args, tiny
-from tests.helpers import checkpoints, lines, outcome, run, same, user_error
+from tests.helpers import ROOT, checkpoints, lines, outcome, run, same, user_error
 
 __all__ = ["tiny"]
 ADDITION = """--task addition --prompts-per-step 4 --group-size 2 --minibatches 2 --eval-prompts 8 --eval-every 0
@@ -361,3 +363,73 @@ def test_rollouts_that_wait(tmp_path):
         assert {len(v) for v in row["columns"].values()} == {len(row["tokens"])} and set(row["columns"]) == {"logp", "adv"}
         assert all(x <= 0 for x in row["columns"]["logp"])
     assert not any("tokens" in row for row in rows[2:])
+
+
+def test_the_noise_of_rollouts_that_wait_differs(tmp_path):
+    """Three rollouts of one step, of prompts that come again at once: other completions each."""
+    argv = [*ADDITION, "--steps", 1, "--stale", 2, "--prompts-per-step", 41, "--task", "addition:1", "--temperature", 2.0]
+    assert run(tmp_path, *argv, "--run-dir", tmp_path / "run", before=_telling).code == 0
+    seen = [json.loads(line) for line in (tmp_path / "seeds.jsonl").read_text().splitlines()]
+    assert len(seen) == 3 and len({x for seeds in seen for x in seeds}) == 3 * 41
+
+
+def _telling():
+    real = rollout.collect
+
+    def collect(engine, scorer, tokenizer, examples, args, step, **kwargs):
+        seeds = [gpu.hash_seed(args.seed, step, i) for i in range(len(examples))]
+        with open("seeds.jsonl", "a") as file:
+            file.write(json.dumps(seeds) + "\n")
+        return real(engine, scorer, tokenizer, examples, args, step, **kwargs)
+
+    rollout.collect = collect
+
+
+def test_stopped_while_the_queue_is_filled(tmp_path):
+    """Before the first update the optimizer has no state, and a resumed run must not find one."""
+    argv = [*ADDITION, "--steps", 2, "--stale", 2]
+    assert run(tmp_path, *argv, "--run-dir", tmp_path / "whole").code == 0
+    stopped = run(tmp_path, *argv, "--run-dir", tmp_path / "run", before=_stop_at_the_second_rollout)
+    assert stopped.code == 0 and "stopped after step 0" in stopped.out, stopped.err
+    assert run(tmp_path, "--resume", tmp_path / "run").code == 0
+    same(outcome(tmp_path / "whole"), outcome(tmp_path / "run"))
+
+
+def _stop_at_the_second_rollout():
+    real, calls = rollout.collect, []
+
+    def collect(*args, **kwargs):
+        calls.append(os.kill(os.getpid(), signal.SIGINT) if len(calls) == 1 else None)
+        return real(*args, **kwargs)
+
+    rollout.collect = collect
+
+
+def test_a_schedule_follows_steps_that_are_changed_and_ppos_critic(tmp_path):
+    """Resumed with twice the steps the rate is that of the longer run; the critic's falls with the policy's."""
+    rates = ["--lr-schedule", "linear", "--lr", "1e-3", "--value-lr", "4e-3"]
+    argv = [*ADDITION, "--steps", 2, *rates, "--run-dir", tmp_path / "run"]
+    ppo = ROOT / "algos" / "ppo.py"
+    assert run(tmp_path, *argv, script=ppo).code == 0
+    done = run(tmp_path, "--resume", tmp_path / "run", "--steps", 4, script=ppo)
+    assert done.code == 0, done.err
+    assert [r["lr"] for r in lines(tmp_path / "run" / "metrics.jsonl")] == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
+    saved = torch.load(checkpoints(tmp_path / "run")[-1] / "state.pt", weights_only=False)
+    assert [s["base_lrs"] for s in saved["schedules"]] == [[1e-3], [4e-3]]
+    assert {s["last_epoch"] for s in saved["schedules"]} == {4}
+    rates = [saved["optimizer"], saved["critic"][1]]
+    assert [next(iter(s["param_groups"]))["lr"] for s in rates] == pytest.approx([0.0, 0.0])
+
+
+def test_a_rank_without_prompts(monkeypatch):
+    """Fewer held-out prompts than processes."""
+    tokenizer = tiny_models.characters()
+    monkeypatch.setattr(gpu, "rank", lambda: 1)
+    monkeypatch.setattr(gpu, "world", lambda: 2)
+    monkeypatch.setattr(gpu, "total", lambda x: x)
+    engine = Scripted({1: [], 2: []})
+    task = SimpleNamespace(test=[tasks.Example(0, "", "y", [5])])
+    scorer = lambda texts, answers: (texts, [])  # noqa: E731
+    a = args(eval_prompts=1, eval_samples=2, eval_temperature=1.0)
+    found = rollout.evaluate(engine, scorer, tokenizer, task, a)
+    assert found == {"greedy_accuracy": 0.0, "avg@2": 0.0, "pass@2": 0.0, "prompts": 1}

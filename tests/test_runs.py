@@ -442,8 +442,7 @@ def test_an_update_that_is_not_finite_is_skipped(tiny, tmp_path):
     a, b = load_file(f"{tiny}/model.safetensors"), load_file(folder / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     saved = torch.load(folder / "state.pt", weights_only=False)
-    moments = saved["optimizer"]["state"].values()
-    assert saved["state"]["skipped"] == 2 and not any(m["exp_avg"].any() or m["exp_avg_sq"].any() for m in moments)
+    assert saved["state"]["skipped"] == 2 and saved["optimizer"] is None  # it has made no step
 
 
 def test_the_run_goes_on_after_a_skipped_update(tiny, tmp_path):
