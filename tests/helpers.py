@@ -24,7 +24,7 @@ GRPO = ROOT / "algos" / "grpo.py"
 # One core for the children of this process; pytest-xdist's workers (gw0, gw1, ...) have different ones.
 CORES = sorted(os.sched_getaffinity(0), reverse=True)
 CORE = {CORES[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(CORES)]}
-LIMIT = 90  # seconds that one child may take
+LIMIT = 240  # seconds that one child may take: with a warm start in it, on a busy machine
 PRELOAD = """pytest torch torch.utils.tensorboard torch.distributed.tensor torch.distributed.checkpoint.state_dict tqdm tyro
     filelock safetensors.torch transformers transformers.generation transformers.modeling_utils
     transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
