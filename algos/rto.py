@@ -37,7 +37,7 @@ class Args:
     task: str | None = None
     """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
     reward: str | None = None
-    """file.py:function of your own, called with (text, answer) -> score, or (what it read as the answer, score)"""
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None
     """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
     system_prompt: str | None = None

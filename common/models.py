@@ -113,13 +113,13 @@ def load(args, device, trainable=True, warm=None):
     if trainable and args.lora_rank:
         import peft
 
-        names = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
-        alpha = 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
-        try:
-            lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names), lm)
-        except ValueError:
-            known = sorted({n.rpartition(".")[2] for n, m in lm.named_modules() if isinstance(m, torch.nn.Linear)})
-            raise UserError(f"--lora-targets {args.lora_targets}: the model's linear layers are {', '.join(known)}") from None
+        names, alpha = args.lora_targets, 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+        if names != "all-linear":  # the head is not read as a layer (see Policy)
+            known = {n.rpartition(".")[2] for n, m in lm.model.named_modules() if isinstance(m, torch.nn.Linear)}
+            names = [n.strip() for n in names.split(",")]
+            if not known.issuperset(names):
+                raise UserError(f"--lora-targets {args.lora_targets}: the model's layers are {', '.join(sorted(known))}")
+        lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names), lm)
     if trainable and args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     lm.train(trainable)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import math
 import pickle
@@ -30,8 +31,8 @@ class Own:
     def __init__(self, spec):
         self.path, _, self.name = spec.rpartition(":")
         try:
-            _function(self.path, self.name)
-        except Exception as error:
+            inspect.signature(_function(self.path, self.name)).bind("text", "answer")
+        except (Exception, SystemExit) as error:
             why = f"no function {self.name}" if isinstance(error, KeyError) else reason(error)
             raise UserError(f"--reward {spec}: needs file.py:function ({why})") from None
 
@@ -39,7 +40,10 @@ class Own:
         try:
             found = _function(self.path, self.name)(text, answer)
             found = found if isinstance(found, tuple) else (extract(text), found)
-            return found[0], float(found[1])
+            read, score = found
+            if not abs(float(score)) < 1e30:
+                raise ValueError(f"{score} is no finite number")
+            return read, float(score)
         except Exception as error:
             if not vars(self).get("told"):
                 print(f"note: --reward {self.path}:{self.name} raised {error!r}; that scores 0", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from common import ROOT, UserError, checkpoint, gpu, memory, models, tasks
+from common import ROOT, UserError, checkpoint, gpu, memory, models, reason, tasks
 from common.worlds import tiny
 
 
@@ -69,7 +69,10 @@ class Run:
                 self.tracker = importlib.import_module(name)
             except ImportError:
                 raise UserError(f"--tracker {name}: it is not installed (pip install {name})") from None
-            self.tracker.init(project="one-paper-one-file", name=self.dir.name, config=vars(self.args))
+            try:
+                self.tracker.init(project="one-paper-one-file", name=self.dir.name, config=vars(self.args))
+            except Exception as error:  # not logged in, no network
+                raise UserError(f"--tracker {name}: {reason(error)}") from None
 
     def _write_config(self, config, start):
         import transformers

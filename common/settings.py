@@ -46,9 +46,9 @@ MAY_CHANGE = """resume run_dir steps eval_every eval_samples eval_temperature ch
 def prepare(script, args, warm=None):
     """-> (args with every field filled in, the model's config or None, the device). Joins the process group, prints what
     will run. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
-    gpu.choose(vars(args).get("device", "auto"))
     if args.resume:
         args = inherit(Path(script).stem, args)
+    gpu.choose(vars(args).get("device", "auto"))
     args, config = resolve(args, warm)
     device = gpu.init(args)
     if gpu.rank() == 0:
@@ -103,6 +103,8 @@ def _check(args):
                 words = [f"{'above' if above == '<' else 'at least'} {low}"] if low else []
                 words += [f"{'below' if below == '<' else 'at most'} {high}"] if high else []
                 raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {value}{colon}{why}")
+    if "" in vars(args).get("stop", ()):
+        raise UserError("--stop: an empty string would end every completion at once")
     if vars(args).get("reward"):
         rewards.Own(args.reward)  # before a model is made
     if getattr(args, "dtype", None) == "bfloat16" and getattr(args, "optimizer", None) == "adamw":

@@ -192,7 +192,12 @@ def encode(task, tokenizer, prompt_template=None, system_prompt=None):
     if tokenizer.chat_template:
         first = [dict(role="system", content=system_prompt)] if system_prompt else []
         turns = [[*first, dict(role="user", content=t)] for t in texts]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's own, and what a template raises
+            raise UserError(f"the tokenizer's chat template refuses the prompts: {reason(error)}") from None
+        if first and texts and system_prompt not in texts[0]:
+            raise UserError("--system-prompt: the tokenizer's chat template leaves the system's turn out")
     elif system_prompt:
         raise UserError("--system-prompt: the tokenizer has no chat template to put it in; --prompt-template takes any text")
     ids = tokenize(texts, tokenizer, f"task {task.name}", add_special_tokens=not tokenizer.chat_template)

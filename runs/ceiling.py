@@ -8,6 +8,7 @@ runs/reference/route.png.
 """
 
 import json
+import math
 import random
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from types import SimpleNamespace
 import torch
 import tyro
 
-from common import ROOT, UserError, engines, gpu, models, rewards, rollout, tasks
+from common import ROOT, UserError, engines, gpu, models, rewards, rollout, settings, tasks
 
 
 @dataclass
@@ -55,10 +56,11 @@ def main(options):
         raise UserError(f"--task {options.task} has no demonstrations; those that have: {known}")
     args = SimpleNamespace(
         model="tiny", task=options.task, dtype="float32", lora_rank=0, gradient_checkpointing=False, engine="hf",
-        eval_prompts=512, eval_samples=0, seed=options.seed, max_new_tokens=tasks.world(options.task).max_new_tokens,
+        eval_prompts=512, eval_samples=0, seed=options.seed,
+        max_new_tokens=tasks.world(options.task).max_new_tokens or settings.TINY["max_new_tokens"],
     )  # fmt: skip
-    if not options.updates or min(options.updates) < 1:
-        raise UserError("--updates needs numbers of at least 1")
+    if min(options.updates, default=0) < 1 or options.batch < 1 or not 0 < options.lr < math.inf:
+        raise UserError("--updates and --batch need numbers of at least 1, --lr one above 0")
     models.architecture(args)
     gpu.init(args)
     tokenizer = models.load_tokenizer(args)

@@ -97,7 +97,7 @@ def against(summaries, data, scripts, flag, values):
 
 def made(options, scripts, extra):
     """Makes the runs that are missing -> the record."""
-    flag, *values = options.over
+    flag, *values = dict.fromkeys(options.over)
     items = [at(script, flag, value) for script in scripts for value in values]
     found = compare.each(attempt, items, options, extra)
     failed = {i: {n: r for n, r in enumerate(rs, 1) if isinstance(r, str)} for i, rs in found.items()}
@@ -211,7 +211,7 @@ def checked(options, extra):
         text = (launch.ROOT / "algos" / f"{compare.parts(script)[0]}.py").read_text()
         if f"\n    {flag.replace('-', '_')}: " not in text:
             raise UserError(f"{compare.parts(script)[0]}.py has no flag --{flag}")
-    if f"--{flag}" in [word.partition("=")[0] for word in extra]:
+    if f"--{flag}".replace("_", "-") in [word.partition("=")[0].replace("_", "-") for word in extra]:
         raise UserError(f"--{flag} is swept: it cannot stand after -- as well")
     return scripts
 

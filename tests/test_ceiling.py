@@ -35,7 +35,9 @@ def test_command(tiny, tmp_path, capsys):
 
 
 def test_errors():
-    with pytest.raises(UserError, match="--updates needs numbers of at least 1"):
+    with pytest.raises(UserError, match="--updates and --batch need numbers of at least 1"):
         ceiling.main(ceiling.Options(updates=(0,)))
+    with pytest.raises(UserError, match="--lr one above 0"):
+        ceiling.main(ceiling.Options(lr=-1.0))
     with pytest.raises(UserError, match="--task gsm8k has no demonstrations; those that have: addition, .*route"):
         ceiling.main(ceiling.Options(task="gsm8k"))

@@ -35,6 +35,12 @@ def equals(text, answer):
 def both(text, answer):
     return text[-1:], beside.TWICE * len(text)
 
+def three(text, answer):
+    return text, 1.0, 2.0
+
+def alone():
+    return 1.0
+
 def picky(text, answer):
     if text == "hang":
         time.sleep(60)
@@ -70,17 +76,22 @@ def test_an_answer_may_come_with_it(own):
 def test_what_it_raises_is_told_once_and_scores_0(own, capfd):
     texts = ["a", "b", "hang", "c", "none"]
     assert scored(own, "picky", texts, timeout_s=1.0) == ([None] * 5, [0.25, 0.0, 0.0, 0.0, 0.0], 1)
+    assert scored(own, "three", ["a"])[1] == [0.0]
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: --reward ")]
-    assert told == [f"note: --reward {own}:picky raised KeyError('{x}'); that scores 0" for x in "bc"]  # b's worker was killed
+    assert told[:2] == [f"note: --reward {own}:picky raised KeyError('{x}'); that scores 0" for x in "bc"]  # b's was killed
+    assert len(told) == 3 and "too many values to unpack" in told[2]
 
 
 @pytest.mark.parametrize(
     "spec, reason",
-    [("{own}", "needs file.py:function"), ("{own}:missing", "no function missing"), ("{own}x:equals", "No such file"),
+    [("{own}", "needs file.py:function"), ("{own}:missing", "no function missing"),
+     ("{own}:alone", "too many positional arguments"), ("{own}:time", "is not a callable object"),
+     ("{folder}/bye.py:f", "bye"), ("{own}x:equals", "No such file"),
      ("{folder}/broken.py:f", "division by zero")],
 )  # fmt: skip
 def test_rewards_that_cannot_be_loaded(own, spec, reason):
     (own.parent / "broken.py").write_text("1 / 0\n")
+    (own.parent / "bye.py").write_text("import sys; sys.exit('bye')\n")
     with pytest.raises(UserError, match="--reward ") as caught:
         rewards.Own(spec.format(own=own, folder=own.parent))
     assert reason in str(caught.value)
@@ -107,6 +118,13 @@ def test_system_prompt():
     assert tokenizer.decode(e.ids) == f"system: Be brief.\nuser: what is {e.prompt}?\nassistant: "
     with pytest.raises(UserError, match="--system-prompt: the tokenizer has no chat template"):
         tasks.load("addition:1", tiny_models.characters(), None, "Be brief.")
+    for template, said in (("{{ messages[-1]['content'] }}", "leaves the system's turn out"),
+                           ("{{ raise_exception('no system') }}", "refuses the prompts: no system")):  # fmt: skip
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=said):
+            tasks.load("addition:1", tokenizer, None, "Be brief.")
+    with pytest.raises(UserError, match="--stop: an empty string would end every completion at once"):
+        settings.resolve(grpo.Args(stop=("x", "")))
 
 
 @pytest.mark.parametrize("stop", [("=",), ("=1", ":"), ("nowhere",), ("+",)])
@@ -191,8 +209,20 @@ def test_lora_alpha_and_targets():
     layers = lora(lora_alpha=1.0, lora_targets="q_proj,down_proj")
     assert {m.scaling["default"] for m in layers.values()} == {0.25}
     assert {n.rpartition(".")[2] for n in layers} == {"q_proj", "down_proj"} and len(layers) == 2 * 2
-    with pytest.raises(UserError, match="--lora-targets query: the model's linear layers are .*o_proj, q_proj, up_proj"):
+    with pytest.raises(UserError, match="--lora-targets query: the model's layers are .*o_proj, q_proj, up_proj"):
         lora(lora_targets="query")
+    assert len(lora(lora_targets="q_proj, v_proj")) == 2 * 2
+    for targets in ("q_proj,vproj", "lm_head", "embed_tokens"):
+        with pytest.raises(UserError, match="--lora-targets"):
+            lora(lora_targets=targets)
+
+
+def test_a_resumed_run_keeps_its_device(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(script="grpo", args=dict(device="cpu"))))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "init", lambda args: gpu.device())
+    assert settings.prepare("grpo.py", grpo.Args(resume=str(tmp_path)))[2].type == "cpu"
+    gpu.choose("auto")
 
 
 def test_device(monkeypatch):
