@@ -105,8 +105,15 @@ def _check(args):
                 raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {value}{colon}{why}")
     if "" in vars(args).get("stop", ()):
         raise UserError("--stop: an empty string would end every completion at once")
+    # What follows is seen here, and not when it is needed, since a tiny model's warm start takes a minute.
     if vars(args).get("reward"):
-        rewards.Own(args.reward)  # before a model is made
+        rewards.Own(args.reward)
+    if vars(args).get("prompt_template"):
+        tasks.fill(args.prompt_template, [""])
+    if place := vars(args).get("run_dir"):
+        nearest = next(p for p in (Path(place), *Path(place).absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"cannot write to the run folder {place}: {nearest} is no folder that can be written to")
     if getattr(args, "dtype", None) == "bfloat16" and getattr(args, "optimizer", None) == "adamw":
         lost = "nearly every update of bfloat16 weights away (a step of 1e-6 is far below a weight's last bit)"
         raise UserError(f"--optimizer adamw would round {lost}; use adamw_sr, adamw_8bit, or --dtype float32")

@@ -179,16 +179,21 @@ def tokenize(texts, tokenizer, what, **kwargs):
     return ids
 
 
-def encode(task, tokenizer, prompt_template=None, system_prompt=None):
-    """The task with `ids` filled in for every example, through the chat template where the tokenizer has one, behind a turn
-    of the system where there is a system_prompt. `prompt_template` is a Python format string with the one field {prompt}."""
-    template, examples = prompt_template or task.template, task.train + task.test + task.shown
+def fill(template, prompts):
+    """The prompts inside a template, a Python format string. UserError where {prompt} is not its one field."""
     try:
         if {name for _, name, _, _ in string.Formatter().parse(template)} - {None} != {"prompt"}:
             raise ValueError(repr(template))
-        texts = [template.format(prompt=e.prompt) for e in examples]
+        return [template.format(prompt=prompt) for prompt in prompts]
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"--prompt-template needs the field {{prompt}} and no other ({error})") from None
+
+
+def encode(task, tokenizer, prompt_template=None, system_prompt=None):
+    """The task with `ids` filled in for every example, through the chat template where the tokenizer has one, behind a turn
+    of the system where there is a system_prompt. `prompt_template` is a Python format string with the one field {prompt}."""
+    examples = task.train + task.test + task.shown
+    texts = fill(prompt_template or task.template, [e.prompt for e in examples])
     if tokenizer.chat_template:
         first = [dict(role="system", content=system_prompt)] if system_prompt else []
         turns = [[*first, dict(role="user", content=t)] for t in texts]

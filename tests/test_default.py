@@ -14,7 +14,7 @@ def test_the_default_run_learns(tmp_path, tiny):
     """Seed 1, as given out. What is learnt is which move leads on; the curve on the screen shows it as it goes."""
     done = subprocess.run(
         [sys.executable, str(GRPO), "--run-dir", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ,
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env=os.environ,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after = re.fullmatch(

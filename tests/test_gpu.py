@@ -30,7 +30,7 @@ def launch(ranks, *arguments, script="algos/grpo.py", env=None):
     many = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*(one if ranks == 1 else many), str(script), *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+        command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -28,7 +28,7 @@ def whole(tmp_path_factory, tiny):
     top = tmp_path_factory.mktemp("whole")
     done = subprocess.run(
         [sys.executable, str(GRPO), *SMALL, "--run-dir", str(top / "run")],
-        cwd=top, capture_output=True, text=True, timeout=120, env=os.environ | dict(PYTHONPATH=""),
+        cwd=top, capture_output=True, text=True, timeout=400, env=os.environ | dict(PYTHONPATH=""),
         preexec_fn=lambda: os.sched_setaffinity(0, helpers.CORE),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
