@@ -162,7 +162,7 @@ def check_folders(args):
 
 def contrastive_column(run, data, config, tokenizer, args):
     """s_t of all responses, by a model of the chosen and one of the rejected, in memory until they have read them."""
-    from common import UserError, gpu, models, pairs
+    from common import UserError, encoding, gpu, models, pairs
 
     def expert(name, side, folder):
         def loss(logp, mb):
@@ -177,7 +177,7 @@ def contrastive_column(run, data, config, tokenizer, args):
 
     def scores(pi, rows):
         found = pairs.logp_of(pi[0], rows, args, beside=pi[1:], read=lambda *x: (contrastive_score(*x, args.kappa),))
-        return free_ends(found, [y for _, y in rows], tokenizer.eos_token_id)
+        return free_ends(found, [y for _, y in rows], encoding.turn_end(tokenizer))
 
     sides = ("positive model", 0, args.positive), ("negative model", 1, args.negative)
     return pairs.cached(run, "score", lambda: [expert(*side) for side in sides], data, values=scores)

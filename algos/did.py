@@ -285,8 +285,8 @@ def measure(run, data, tokenizer, engine, policy, reference):
     if not prompts or not (listed or args.did_samples):
         return
     if listed:
-        every = tokenizer(data.responses(), add_special_tokens=False)["input_ids"]
-        rows = [(p.prompt, ids + [tokenizer.eos_token_id]) for p in prompts for ids in every]
+        every = pairs.response_ids(data.responses(), tokenizer, data.name, args.max_new_tokens)
+        rows = [(p.prompt, ids) for p in prompts for ids in every]
     else:
         drawn, _ = judge.sample(engine, prompts, data, tokenizer, args, args.did_samples, 2)
         rows = [(prompts[i].prompt, ids) for i, ids, _ in drawn]

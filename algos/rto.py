@@ -122,7 +122,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # RTO
-    limits = dict(gamma="0 <= x <= 1", lam="0 <= x <= 1", dpo_pairs_per_step="1 <= x")
+    limits = dict(gamma="0 <= x <= 1", lam="0 <= x <= 1", dpo_beta="0 < x", dpo_pairs_per_step="1 <= x")
     tiny_preset = dict(
         task="letters", steps=100, prompts_per_step=6, minibatches=1, epochs=2, lr=2e-4, value_lr=1e-3, beta=0.05,
         max_new_tokens=9, dpo_scale=0.3, dpo_clip=0.3, score_clip=0.0, checkpoint_every=50,
@@ -164,15 +164,15 @@ class Args:
 # ---------------------------------------------------------------- the objective
 
 
-def dpo_rewards(dpo_logp, ref_logp, mask, args):
-    """[B, T] each -> [B, T]: the DPO term of Eq. 4.7, scaled before it is clipped; 0 outside the mask."""
-    term = (args.dpo_scale * (dpo_logp - ref_logp)).masked_fill(~mask, 0.0)
+def dpo_rewards(dpo_ratio, mask, args):
+    """log pi_dpo / pi_ref [B, T] -> [B, T]: the DPO term of Eq. 4.7, scaled before it is clipped; 0 outside the mask."""
+    term = (args.dpo_scale * dpo_ratio).masked_fill(~mask, 0.0)
     return term.clamp(-args.dpo_clip, args.dpo_clip) if args.dpo_clip > 0 else term
 
 
-def token_rewards(scores, old_logp, ref_logp, dpo_logp, mask, args):
+def token_rewards(scores, old_logp, ref_logp, dpo_ratio, mask, args):
     """scores [B], log-probs [B, T] -> [B, T]: DPO term and k1 penalty at every token, the score at the last. Eq. 4.7."""
-    term, penalty = dpo_rewards(dpo_logp, ref_logp, mask, args), args.beta * (old_logp - ref_logp)
+    term, penalty = dpo_rewards(dpo_ratio, mask, args), args.beta * (old_logp - ref_logp)
     if args.score_clip > 0:
         scores = scores.clamp(-args.score_clip, args.score_clip)
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
@@ -304,7 +304,7 @@ def dpo_model(args, config, tokenizer, run):
 
 def measure(meter, batch, args):
     """The DPO term of a rollout, the share of it at its limit, its sum over a completion, and the KL to the reference."""
-    term = dpo_rewards(batch.columns["dpo_logp"], batch.ref_logp, batch.mask, args)
+    term = dpo_rewards(batch.columns["dpo_ratio"], batch.mask, args)
     clipped = (term.abs() >= args.dpo_clip).float() * (args.dpo_clip > 0)
     meter.add(dict(dpo_term=term, dpo_clipped=clipped, ref_kl=batch.old_logp - batch.ref_logp), batch.mask)
     meter.add(dict(dpo_sum=term.sum(1)), batch.mask.any(1))
@@ -349,7 +349,8 @@ def train(args):
         # Log-probs of the policy that sampled, of the reference and the DPO model; values of the critic, read in the same way.
         batch.old_logp, _ = read(policy, batch, args)
         batch.ref_logp, _ = read(reference, batch, args)
-        batch.columns["dpo_logp"], _ = read(dpo, batch, args)
+        ref_at_1 = batch.ref_logp if args.temperature == 1 else read(reference, batch, args, temperature=1.0)[0]
+        batch.columns["dpo_ratio"] = read(dpo, batch, args, temperature=1.0)[0] - ref_at_1  # of the models as they were trained
         batch.columns["values"], _ = read(critic, batch, args)
         run.timed("old_logp")
 
@@ -361,7 +362,7 @@ def train(args):
         batch = run.queue.pop(0)
 
         # Advantages over the whole rollout, of all processes.
-        scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, batch.columns["dpo_logp"], batch.mask, args)
+        scores = token_rewards(batch.reward, batch.old_logp, batch.ref_logp, batch.columns["dpo_ratio"], batch.mask, args)
         scores, values, mask = map(gpu.gather, (scores, batch.columns["values"], batch.mask))
         adv, returns = advantages(scores, values, mask, args)
         batch.adv, batch.columns["returns"] = (gpu.local(x)[:, : batch.mask.shape[1]] for x in (adv, returns))

@@ -155,14 +155,14 @@ def has_tags(data):
 def revision_columns(run, frozen, data, config, tokenizer, tagged):
     """Log-probs of all responses under the model of frozen(), after either revision prompt: the columns better and worse. Where
     one of the two is too long, after its own prompt twice: r_hat is 0."""
-    from common import pairs
+    from common import encoding, pairs
 
     too_long = set()
 
     def revisions(pair, response):
         answer = tokenizer.decode(response, skip_special_tokens=True)
         texts = [revision(pair.text, answer, better, tagged) for better in (True, False)]
-        prompts = [pairs.prompt_ids(text, tokenizer) for text in texts]
+        prompts = encoding.prompt_ids(texts, tokenizer, "a revision")
         if max(map(len, prompts)) + len(response) <= config.max_position_embeddings:
             return prompts
         too_long.add((pair.id, response is pair.chosen))

@@ -155,17 +155,16 @@ def pair_loss(logp, ref_logp, weight, mask, args):
 
 def weight_column(data, tokenizer, args):
     """omega_t of all responses, of the data alone, by the text of single tokens. UserError where --field-weights is no list."""
-    import functools
-
     from common import UserError, gpu
 
     try:
         fields = {n.strip(): float(w) for n, w in (f.rsplit("=", 1) for f in filter(None, args.field_weights.split(",")))}
+        if not all(0 < w < float("inf") for w in fields.values()):
+            raise ValueError("not above 0")
     except ValueError:
-        raise UserError(f"--field-weights must be like Code=1.1,Span=1.2, is {args.field_weights}") from None
-    if not all(0 < w < float("inf") for w in fields.values()):
-        raise UserError(f"--field-weights must be above 0, is {args.field_weights}")
-    piece = functools.cache(lambda i: tokenizer.decode([i], skip_special_tokens=True))
+        raise UserError(f"--field-weights must be like Code=1.1,Span=1.2, above 0, is {args.field_weights}") from None
+    two = [[tokenizer.convert_tokens_to_ids("x"), i] for i in range(len(tokenizer))]  # SentencePiece drops a text's first blank
+    piece = [text.removeprefix("x") for text in tokenizer.batch_decode(two, skip_special_tokens=True)].__getitem__
     seen = {w for p in data.train[:1000] for w in value_weights([piece(i) for i in p.chosen], fields)}
     if gpu.rank() == 0 and fields and not seen & set(fields.values()):
         print(f"note: no field of --field-weights {args.field_weights} is found in the first chosen responses", flush=True)

@@ -5,6 +5,8 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 # Chatter at import that says nothing to the user: torchao's optional kernels, a deprecation inside torch's pytree.
@@ -20,10 +22,23 @@ class UserError(SystemExit):
     def __init__(self, message):
         super().__init__(2)
         self.message = message
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        if _first_to_say(message):
+            print(f"error: {message}", file=sys.stderr, flush=True)
 
     def __str__(self):
         return self.message
+
+
+def _first_to_say(message):
+    """Whether no other of torchrun's processes on this machine has said this: each would say it."""
+    launcher = Path(f"/proc/{os.getppid()}")
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not launcher.exists():
+        return True
+    said = f"{launcher.stat().st_ctime_ns}-{zlib.crc32(message.encode())}"
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(Path(tempfile.gettempdir()) / f"tokenpo-{said}", os.O_CREAT | os.O_EXCL))
+        return True
+    return False
 
 
 def reason(error, longest=160):

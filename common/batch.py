@@ -34,6 +34,7 @@ class Batch:
     columns: dict = field(default_factory=dict)
     texts: list | None = None  # B decoded completions, for checking and reading only
     answers: list | None = None  # B extracted answers
+    gold: list | None = None  # B right answers
     group: int = 1  # G, completions per prompt
     engine: str = ""  # the name of the engine that sampled
     timeouts: int = 0  # completions whose check was killed
@@ -89,7 +90,7 @@ class Batch:
             return torch.nn.functional.pad(value, (0, 0) * (value.dim() - 2) + pad)
 
         out = first._map(lambda name, _: torch.cat([padded(b, name) for b in batches]), list)
-        for name in ("texts", "answers"):
+        for name in ("texts", "answers", "gold"):
             if getattr(first, name) is not None:
                 setattr(out, name, [x for b in batches for x in getattr(b, name)])
         out.timeouts = sum(b.timeouts for b in batches)

@@ -68,8 +68,9 @@ def push(run):
         raise UserError(f"--push-to-hub {repository}: {reason(error)}; the model is in {folder}") from None
 
 
-def find(run):
-    """The newest whole checkpoint -> (folder, manifest, what save() wrote), or None. UserError where all are damaged."""
+def find(run, config=None):
+    """The newest whole checkpoint -> (folder, manifest, what save() wrote), or None. UserError where all are damaged, or it is
+    of another model than `config` describes."""
     folders = _all(run.dir)
     for folder in reversed(folders):
         try:
@@ -77,6 +78,8 @@ def find(run):
             for name, digest in manifest["files"].items():
                 if _digest(folder / name) != digest:
                     raise ValueError(f"{name} is not what was written")
+            if config is not None and manifest["model"] != _shape(config):
+                raise UserError(f"--resume {run.dir}: the checkpoint is of another model ({manifest['model']})")
             return folder, manifest, torch.load(folder / "state.pt", weights_only=False, map_location="cpu")
         except Exception as error:
             if run.main:
@@ -148,7 +151,10 @@ def _key(module):
     if not hasattr(module, "lm"):
         kind = type(module).__name__.removeprefix("FSDP")  # which fully_shard puts there
         return f"{kind}, {sum(p.numel() for p in module.parameters()):,} parameters"
-    config = module.lm.config
+    return _shape(module.lm.config)
+
+
+def _shape(config):
     return f"{config.model_type} {config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}"
 
 

@@ -4,14 +4,15 @@ import contextlib
 import difflib
 import os
 import re
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from common import UserError, gpu, reason, tasks
-from common.policy import Policy
+from common import UserError, encoding, gpu, reason, tables, tasks
+from common.policy import Policy, recorded
 from common.worlds import tiny
 
 # Families and their sizes. The repository has the same name with capitals; the words math and size may also change places.
@@ -29,7 +30,13 @@ ALIASES |= {re.sub(r"(math)-([^-]+)", r"\2-\1", name): repository for name, repo
 
 
 def locate(name):
-    """`name` (a tiny model, alias, hub id or folder) -> what transformers loads. Raises UserError with the nearest names."""
+    """`name` (a tiny model, alias, hub id, folder, or a run's folder: its last checkpoint) -> what transformers loads. Raises
+    UserError with the nearest names."""
+    steps = {int(m[1]): str(p) for p in Path(name).glob("checkpoints/*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
+    if steps:
+        return steps[max(steps)]
+    if (Path(name) / "metrics.jsonl").exists():
+        raise UserError(f"the run {name} has no checkpoint yet")
     if name in tiny.SHAPES or os.path.isdir(name) or re.fullmatch(r"[^./][^/]*/[^/]+", name):
         return name
     if name.lower() in ALIASES:
@@ -42,6 +49,8 @@ def locate(name):
 
 def _fetch(loader, name, **kwargs):
     try:
+        if not os.path.isdir(name):
+            tables.ask_hub(name)
         return loader.from_pretrained(name, **kwargs)
     except Exception as error:  # safetensors, tokenizers and torch have errors of their own for files that are damaged
         if os.path.isdir(name):
@@ -62,10 +71,23 @@ def architecture(args, warm=None):
     lm = None
     with contextlib.suppress(ValueError), torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config)
-    if not hasattr(lm, "model") or not hasattr(lm, "lm_head"):
-        kind = f"architecture {config.model_type}"
-        raise UserError(f"model {args.model}: the {kind} is none that Policy knows (Qwen, Llama and their like)")
+    if why := _unfit(lm, config):
+        raise UserError(f"model {args.model}: the architecture {config.model_type} {why}; Qwen, Llama and their like will do")
     return config, sum(p.numel() for p in lm.parameters())
+
+
+def _unfit(lm, config):
+    """Why Policy cannot train what a config describes, or None."""
+    layers = set(getattr(config, "layer_types", None) or ())
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return "reads images or sound, which no script gives it"
+    if getattr(lm, "_is_stateful", False) or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
+        return "has recurrent layers, which cannot be sampled by rows that come and go"
+    if getattr(getattr(lm, "lm_head", None), "bias", None) is not None:
+        return "has a head with a bias, which Policy does not add"
+    if not all(hasattr(getattr(lm, "model", None), part) for part in ("layers", "norm")) or not hasattr(lm, "lm_head"):
+        return "is none that Policy knows"
+    return None
 
 
 def _folder(args, warm):
@@ -92,16 +114,22 @@ def load_tokenizer(args, warm=None):
     tokenizer = _fetch(PreTrainedTokenizerFast if own else AutoTokenizer, name, padding_side="left")
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {args.model}: its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
+    size = len(tokenizer)
+    with contextlib.suppress(Exception):
+        size = AutoConfig.from_pretrained(name).get_text_config().vocab_size
+    if tokenizer.eos_token_id >= size:
+        what = f"its end-of-sequence token {tokenizer.eos_token_id} is none of its {size:,} tokens"
+        raise UserError(f"model {args.model}: {what}")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def end_tokens(lm, tokenizer):
-    """Token ids that end a completion: the tokenizer's, and those of the model's generation settings (the end of a turn)."""
+    """Token ids that end a completion: the tokenizer's, the chat template's, and those of the model's generation settings."""
     also = getattr(lm.generation_config, "eos_token_id", None)
     also = also if isinstance(also, list) else [also]
-    return sorted({tokenizer.eos_token_id, *also} - {None})
+    return sorted({tokenizer.eos_token_id, encoding.turn_end(tokenizer), *also} - {None})
 
 
 def load(args, device, trainable=True, warm=None):
@@ -109,6 +137,14 @@ def load(args, device, trainable=True, warm=None):
     for which args needs no fields but model and dtype. `warm`: as in load_tokenizer."""
     lm = _fetch(AutoModelForCausalLM, _folder(args, warm), dtype=getattr(torch, args.dtype))
     lm.config.use_cache = True
+    for module in lm.modules():  # no ratio would be 1 on policy
+        for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or n == "p")]:
+            setattr(module, name, 0.0)
+    try:
+        lm.generation_config.validate(strict=True)
+    except ValueError:  # transformers would not save it with a checkpoint
+        ends = lm.generation_config.eos_token_id
+        lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=lm.config.pad_token_id)
     lm.requires_grad_(trainable and not args.lora_rank)
     if trainable and args.lora_rank:
         import peft
@@ -123,7 +159,57 @@ def load(args, device, trainable=True, warm=None):
     if trainable and args.gradient_checkpointing:
         lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     lm.train(trainable)
-    return Policy(lm if gpu.world() > 1 else lm.to(device))  # sharding moves a layer at a time
+    policy = Policy(lm if gpu.world() > 1 else lm.to(device))  # sharding moves a layer at a time
+    packs, why = gpu.gather_objects(_probe(policy) if gpu.rank() == 0 else None)[0]
+    if why:
+        raise UserError(f"model {args.model}: {why}, so that Policy would train on other log-probs than its own")
+    if not packs:
+        policy.pad()
+    return policy
+
+
+@torch.no_grad()
+def _probe(policy):
+    """Three short rows, two of them with one prompt, by Policy and one by one by transformers -> (whether the model may be
+    packed, why it cannot be trained or None)."""
+    training, lm = policy.lm.training, policy.lm.eval()
+    draw, parts = torch.Generator().manual_seed(0), ((5, 6), (2, 4), (5, 1))  # tokens of prompt and completion
+    size, device = lm.lm_head.weight.shape[0], lm.lm_head.weight.device
+    text = torch.randint(size, (3, 11), generator=draw)
+    text[2, :5] = text[0, :5]
+    ids, seen = torch.zeros(2, 3, 11, dtype=torch.int64)
+    for i, (p, t) in enumerate(parts):
+        ids[i, 5 - p : 5 + t], seen[i, 5 - p : 5 + t] = text[i, : p + t], 1
+    ids, seen = ids.to(device), seen.bool().to(device)
+    mask, rough = seen[:, 5:], torch.finfo(lm.lm_head.weight.dtype).bits < 32
+
+    def own(row):
+        with recorded(lm, ["normed"]) as states:
+            logits = lm(input_ids=row[None]).logits[0].float()
+        return logits, (states["normed"][0] @ lm.lm_head.weight.T).float()
+
+    logp, why = torch.zeros(mask.shape, device=device), None
+    for i, (p, t) in enumerate(parts):
+        row = text[i, : p + t].to(device)
+        logits, plain = own(row)
+        if (logits - plain).abs().max() > (0.02 if rough else 1e-4) * (1 + plain.abs().max()):
+            why = "its logits are not its head times its hidden states (a soft cap, a scale)"
+        changed, at = row.clone(), p + t - 1
+        changed[at] = (changed[at] + 1) % size
+        if (own(changed)[0][:at] - logits[:at]).abs().max() > (0.5 if rough else 1e-3):
+            why = "its attention is not causal"
+        logp[i, :t] = logits[p - 1 : -1].log_softmax(-1).gather(1, row[p:, None])[:, 0]
+
+    def off():
+        return (policy(ids, seen, mask)[0] - logp).abs()[mask].mean().item()
+
+    limit = 0.2 if rough else 1e-3
+    if policy.packs and not off() < limit:
+        policy.pad()
+    if not why and not (gap := off()) < limit:
+        why = f"its log-probs in a batch are {gap:.2g} nat off those of single rows"
+    lm.train(training)
+    return policy.packs, why
 
 
 def check_context(config, task, args):

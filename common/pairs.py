@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -12,13 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common import UserError, gpu, models, settings, tasks
+from common import UserError, encoding, gpu, models, settings, tables, tasks
 from common.batch import collate, cuts, read
 
 
 @dataclass
 class Pair:
-    """Token ids; a response ends with the end-of-sequence token, unless it was cut. `id` is the position in the data set."""
+    """Token ids; a response ends with encoding.turn_end, unless it was cut. `id` is the position in the data set."""
 
     id: int
     prompt: list
@@ -45,35 +46,29 @@ class Data:
 
 
 def _row(row, where):
-    """A row of the hub's usual schema -> (prompt: text or messages, chosen text, rejected text)."""
+    """A row of the hub's usual schema -> (prompt: text or messages, chosen text, rejected text, where it stands)."""
     if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
         raise UserError(f"{where}: needs an object with the fields prompt, chosen and rejected, is {json.dumps(row)[:80]}")
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(s, str) for s in sides):
-        if isinstance(prompt, str) or _messages(prompt):
-            return prompt, *sides
+        if isinstance(prompt, str) and prompt.strip() or tables.conversation(prompt):
+            return prompt, *sides, where
         raise UserError(f"{where}: chosen and rejected are plain text, so prompt must be text or messages, is {prompt!r:.60}")
-    if not all(_messages(s) and s[-1]["role"] == "assistant" for s in sides):
+    if not all(tables.conversation(s) and s[-1]["role"] == "assistant" for s in sides):
         raise UserError(f"{where}: chosen and rejected must both be text, or both messages that end with the assistant's")
     if sides[0][:-1] != sides[1][:-1]:
         raise UserError(f"{where}: chosen and rejected differ before their last message")
     inside = sides[0][:-1]  # the conversation so far may stand in prompt, in both responses, or in part in each
-    if _messages(prompt) and prompt != inside[: len(prompt)]:
+    if tables.conversation(prompt) and prompt != inside[: len(prompt)]:
         inside = prompt + inside
-    if not inside and not isinstance(prompt, str):
+    if not inside and not (isinstance(prompt, str) and prompt.strip()):
         raise UserError(f"{where}: has no prompt, neither as a field nor inside chosen and rejected")
-    return inside or prompt, *(s[-1]["content"] for s in sides)
-
-
-def _messages(value):
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )  # fmt: skip
+    return inside or prompt, *(s[-1]["content"] for s in sides), where
 
 
 def _hub(name):
     advice = "or give a local file with the fields prompt, chosen, rejected: --data path/to/train.jsonl"
-    data = tasks.read_hub(name, f"built in are {tasks.worlds_with('pairs')}; {advice}")[0]
+    data = tables.read_hub(name, f"built in are {tasks.worlds_with('pairs')}; {advice}")[0]
     parts = [next((s for s in (kind, f"{kind}_prefs") if s in data), None) for kind in ("train", "test")]
     if not parts[0]:
         raise UserError(f"--data {name}: has no split train or train_prefs, only {', '.join(data)}")
@@ -81,13 +76,13 @@ def _hub(name):
 
 
 def _built_in(world):
-    """Rows (prompt, chosen, rejected), texts, to train on and held out."""
+    """Rows (prompt, chosen, rejected, where), texts, to train on and held out."""
     rng, rows = random.Random(1), ([], [])
     for part, examples, n in ((0, world.train, 4096), (1, world.test, tasks.HELD_OUT)):
         for e in itertools.islice(itertools.cycle(examples), 4 * n):
             two = world.pair(rng, e.prompt)
             if two and two[0] != two[1] and len(rows[part]) < n:
-                rows[part].append((e.prompt, *two))
+                rows[part].append((e.prompt, *two, world.name))
     return rows
 
 
@@ -98,26 +93,19 @@ def load(args, config, tokenizer):
     if world and world.pair:
         train, test = _built_in(world)
     elif name.endswith((".jsonl", ".json")) or os.path.exists(name):
-        train, test = tasks.read_rows(name, _row)
+        train, test = tables.read_rows(name, _row)
     elif name.count("/") == 1:
         train, test = _hub(name)
     else:
         known = tasks.worlds_with("pairs")
         raise UserError(f"--data {name}: unknown; there are {known}, .jsonl files, and hub ids (owner/name)")
-    if test is None:  # whole prompts are held out, a fifth at most
-        prompts = list(dict.fromkeys(json.dumps(r[0]) for r in train))
-        held = set(random.Random(0).sample(prompts, min(tasks.HELD_OUT, len(prompts) // 5)))
-        test, train = ([r for r in train if (json.dumps(r[0]) in held) == side] for side in (True, False))
     left_out, parts = 0, []
-    for rows in (train, test):
-        pairs = []
-        for prompt, *sides in rows:
-            ids = prompt_ids(prompt, tokenizer)
-            chosen, rejected = (
-                (i + [tokenizer.eos_token_id])[: args.max_new_tokens] if i else []
-                for i in tasks.tokenize(sides, tokenizer, f"--data {name}", add_special_tokens=False)
-            )
-            too_long = len(ids) + args.max_new_tokens > config.max_position_embeddings
+    for rows in tables.split(train, test):
+        pairs, where = [], [row[3] for row in rows]
+        read = [response_ids([row[i] for row in rows], tokenizer, where, args.max_new_tokens) for i in (1, 2)]
+        prompts = encoding.prompt_ids([row[0] for row in rows], tokenizer, where)
+        for (prompt, *sides, _), ids, chosen, rejected in zip(rows, prompts, *read):
+            too_long = len(ids) + max(len(chosen), len(rejected)) > config.max_position_embeddings
             if not chosen or not rejected or chosen == rejected or too_long:
                 left_out += 1
                 continue
@@ -133,18 +121,25 @@ def load(args, config, tokenizer):
     return Data(name, *parts, world and world.reward, world and world.responses)
 
 
-def prompt_ids(prompt, tokenizer):
-    """Token ids of a prompt, text or messages, through the chat template where the tokenizer has one."""
-    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tasks.tokenize([text], tokenizer, "a prompt", add_special_tokens=False)[0]
-    return tasks.tokenize(["\n\n".join(m["content"] for m in messages)], tokenizer, "a prompt")[0]
+def response_ids(texts, tokenizer, where, most):
+    """Token ids of responses, each with its one end (encoding.turn_end), cut to `most`; [] of an empty text."""
+    end = encoding.turn_end(tokenizer)
+    ids = encoding.tokenize(texts, tokenizer, where, add_special_tokens=False)
+    if ids and any(tokenizer.convert_ids_to_tokens(row[:1])[0].startswith("\u2581") for row in ids if row):
+        # SentencePiece puts a blank before a text, which none has behind a prompt; behind a line break it puts none.
+        line = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        behind = tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
+        ids = [b[len(line) :] if b[: len(line)] == line else row for b, row in zip(behind, ids)]
+    for row in ids:
+        while row and row[-1] in (end, tokenizer.eos_token_id):
+            row.pop()
+    return [(row + [end])[:most] if row else [] for row in ids]
 
 
 def context(data, args):
-    """Positions that the longest prompt and response need."""
-    return max(len(p.prompt) for p in data.train + data.test) + args.max_new_tokens
+    """Positions that the longest prompt and response need, and where responses are sampled these."""
+    longest = max(len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in data.train + data.test)
+    return max(longest, *(len(p.prompt) + args.max_new_tokens for p in data.test if data.reward)) if data.reward else longest
 
 
 def micro_batches(pairs, data, args):
@@ -244,7 +239,9 @@ def fit(name, loss, data, args, run, steps, lr):
         for mb in micro_batches(pairs, data, args):
             logp, _ = model(mb.ids, mb.attention_mask, mb.mask)
             (loss(logp, mb) * mb.weights).sum().backward()
-        gpu.clip_gradients(model, args.max_grad_norm)
+        norm = gpu.clip_gradients(model, args.max_grad_norm)
+        if not math.isfinite(norm):
+            raise UserError(f"the {name} cannot be trained: no finite gradient at update {step + 1}; try a smaller rate")
         optimizer.step()
         optimizer.zero_grad()
         if gpu.maximum(int(bool(run.stop))):

@@ -61,7 +61,10 @@ def _function(path, name):
 
 
 def _guarded(check, text, answer, trusted=False):
-    """(extracted or None, score in 0..1, of a trusted check any finite one); whatever the check raises: (None, 0.0)."""
+    """(extracted or None, score in 0..1, of a trusted check any finite one); whatever the check raises: (None, 0.0). Of several
+    answers the best counts."""
+    if not isinstance(answer, str):
+        return max((_guarded(check, text, one, trusted) for one in answer), key=lambda found: found[1])
     try:
         extracted, score = check(text, answer)
         fine = math.isfinite(score) if trusted else 0 <= score <= 1

@@ -28,8 +28,9 @@ def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None,
     truncated = torch.tensor([not ended for _, _, ended in out])
     texts = tokenizer.batch_decode(whole, skip_special_tokens=True)
     before = getattr(scorer, "timeouts", 0)
-    answers, scores = scorer(texts, [examples[i].answer for i in owner])
-    accuracy = torch.tensor(scores).masked_fill(truncated, 0.0)
+    gold = [examples[i].answer for i in owner]
+    answers, scores = scorer(texts, gold)
+    accuracy = _unless_cut(torch.tensor(scores), ~truncated)
     reward = accuracy.clone()
     if args.format_reward:
         reward += args.format_reward * torch.tensor([has_format(t) for t in texts]).float()
@@ -39,9 +40,15 @@ def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None,
         setattr(batch, name, value.to(engine.device))
     if any(given):
         batch.trained = batch.mask & (torch.arange(T) >= begun).to(engine.device)
-    batch.texts, batch.answers, batch.group, batch.engine = texts, answers, n, getattr(engine, "name", "")
+    batch.texts, batch.answers, batch.gold, batch.group, batch.engine = texts, answers, gold, n, getattr(engine, "name", "")
     batch.timeouts = getattr(scorer, "timeouts", 0) - before
     return batch
+
+
+def _unless_cut(scores, ended):
+    """Scores [B], of completions that were cut a wrong one's: 0, or the worst of all ranks' where there are negative ones."""
+    worst = -gpu.maximum(-min(0.0, *scores.tolist())) if len(scores) else -gpu.maximum(0.0)
+    return scores.masked_fill(~ended, worst)
 
 
 def evaluate(engine, scorer, tokenizer, task, args):
@@ -56,7 +63,8 @@ def evaluate(engine, scorer, tokenizer, task, args):
         out = engine.generate([examples[i].ids for i in numbers], n, args.max_new_tokens, temperature, seeds)
         texts = tokenizer.batch_decode([tokens for tokens, _, _ in out], skip_special_tokens=True) if out else []
         _, found = scorer(texts, [examples[i].answer for i in numbers for _ in range(n)])
-        return torch.tensor([s * ended for s, (_, _, ended) in zip(found, out)], dtype=torch.float64).view(-1, n)
+        ended = torch.tensor([done for _, _, done in out], dtype=torch.bool)
+        return _unless_cut(torch.tensor(found, dtype=torch.float64), ended).view(-1, n)
 
     def mean(values):
         return gpu.total(values.sum().item()) / len(examples)

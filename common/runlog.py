@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from common import ROOT, UserError, checkpoint, gpu, memory, models, reason, tasks
+from common import ROOT, UserError, checkpoint, gpu, memory, models, reason, samples, tasks
 from common.worlds import tiny
+
+IDLE = 5  # rollouts in a row without a group that teaches anything: time to say so
 
 
 class Run:
@@ -34,12 +36,13 @@ class Run:
         self.measure = "score" if vars(args).get("reward") else world.measure if world else "accuracy"
         self.state, self.queue, self.extra, self.after = dict(step=0, cursor=0, skipped=0), [], {}, None
         self.bad_in_a_row, self.clock, self.times, self.schedules, self.tracker = 0, time.perf_counter(), {}, [], None
+        self.idle = 0
         self.total = vars(args).get("steps", vars(args).get("items"))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.dir = Path(args.resume or args.run_dir or ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
         if vars(args).get("push_to_hub"):
             checkpoint.may_push(args.push_to_hub)
-        self.found = checkpoint.find(self) if args.resume else None
+        self.found = checkpoint.find(self, config) if args.resume else None
         start = self.found[2]["state"]["step"] if self.found else 0
         if self.main:
             self._write_config(config, start)
@@ -123,7 +126,7 @@ class Run:
                 checkpoint.save(self, policy, optimizer)
                 self._close(f"stopped after step {done}; continue with --resume {self.dir}")
                 return
-        self.after = self.measured(evaluate())
+        self.after = self.measured(evaluate()) if self.state["step"] else self.state["before"]
         checkpoint.save(self, policy, optimizer)
 
     def _ask_to_stop(self, number, frame):
@@ -149,8 +152,14 @@ class Run:
         if self.after:
             name, after = next(iter(self.after.items()))
             change = f"{self._words(name)} {self.state['before'][name]:.2f} -> {after:.2f}"
+            if self.state["step"] == 0:
+                change = f"evaluation only (no steps): {self._words(name)} {after:.2f}"
             sentence = sentence or f"{change} on {self.after['prompts']} held-out prompts"
         if sentence:
+            if self.main and self.tokenizer and self.after:
+                model = sorted((self.dir / "checkpoints").glob("step-*"))[-1]
+                print(f"curves: tensorboard --logdir {self.dir}\ntalk to it: python -m runs.talk {self.dir}", flush=True)
+                print(f"the model, for --model or transformers' from_pretrained: {model}", flush=True)
             self._close(sentence)
             if self.main and vars(self.args).get("push_to_hub"):
                 checkpoint.push(self)
@@ -181,27 +190,15 @@ class Run:
         self.write(metrics, tokens, dict(reward="reward", accuracy=accuracy, length="len", entropy="H"))
         if not self.main:
             return
+        self.idle = 0 if batch.group == 1 or metrics["informative_groups"] > 0 else self.idle + 1
+        if self.idle == IDLE:
+            cut = f"{metrics['truncated']:.0%} of the last completions were cut at --max-new-tokens {self.args.max_new_tokens}"
+            self.bar.write(f"note: in {IDLE} rollouts no prompt had a better and a worse completion: nothing is learnt; {cut}")
         for i in range(min(len(batch.texts), max(2, batch.group))):
-            text, reward = batch.texts[i], batch.reward[i].item()
-            row = dict(step=self.state["step"], prompt_id=int(batch.prompt_id[i]), completion=text, answer=batch.answers[i],
-                       reward=reward, truncated=bool(batch.truncated[i]))  # fmt: skip
-            if self.state["step"] % 20 == 1:
-                row |= self._by_token(batch, i)
+            row = dict(step=self.state["step"]) | samples.record(self.tokenizer, batch, i, self.state["step"] % 20 == 1)
             self.samples.write(json.dumps(row) + "\n")
-        group = batch.reward[: batch.group]
-        for i in sorted({group.argmax().item(), group.argmin().item()}) if self.aloud else ():
-            asked, text = batch.ids[i, : -batch.mask.shape[1]][batch.attention_mask[i, : -batch.mask.shape[1]]], batch.texts[i]
-            asked = self.tokenizer.decode(asked, skip_special_tokens=True)[-60:]
-            text = text if len(text) < 300 else f"{text[:140]} ... {text[-140:]}"
-            self.bar.write(f"             reward {batch.reward[i]:.1f}  {asked!r} -> {text!r}")
-
-    def _by_token(self, batch, i):
-        """What samples.jsonl has of every token of row i: its text, and the columns [B, T] by name."""
-        of = {"logp": batch.old_logp, "adv": batch.adv} | batch.columns
-        ids = batch.ids[i, -batch.mask.shape[1] :][batch.mask[i]]
-        tokens = [self.tokenizer.decode([token]) for token in ids.tolist()]
-        numbers = {k: x[i][batch.mask[i]] for k, x in of.items() if x is not None and x.shape == batch.mask.shape}
-        return dict(tokens=tokens, columns={k: [round(v, 4) for v in x.tolist()] for k, x in numbers.items()})
+        for line in samples.contrast(self.tokenizer, batch) if self.aloud else ():
+            self.bar.write(line)
 
     def write(self, metrics, tokens, keys):
         """Ends a step: its metrics and timing to file and TensorBoard, and to the bar those of them that `keys` {metric: its

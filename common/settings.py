@@ -5,12 +5,14 @@ import json
 import math
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from common import UserError, gpu, models, rewards, tasks
+from common import UserError, encoding, gpu, models, rewards, tasks
 from common.worlds import tiny
 
 # What a field of Args that was left at None becomes. TINY is the embedded default; the others are chosen by the number of
@@ -23,7 +25,7 @@ REAL = dict(task="gsm8k", steps=200, prompts_per_step=128, group_size=8, minibat
             eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
             micro_batch_tokens=32768)  # fmt: skip
 PRESETS = {
-    1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False),
+    1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False, micro_batch_tokens=8192),
     4.0: REAL,
     9.0: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=16384),
     1e9: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=8192),
@@ -39,30 +41,46 @@ COUNTS = """prompts_per_step pairs_per_step group_size minibatches epochs max_ne
 LIMITS = dict.fromkeys(COUNTS, "1 <= x") | dict(vllm_memory="0 < x <= 1")
 LIMITS |= dict(lora_alpha="0 < x", eval_temperature="0 < x")
 LIMITS["temperature"] = "0 < x: a greedy policy has nothing to learn from"
-MAY_CHANGE = """resume run_dir steps eval_every eval_samples eval_temperature checkpoint_every engine vllm_memory vllm_tp
+MAY_CHANGE = """resume run_dir model steps eval_every eval_samples eval_temperature checkpoint_every engine vllm_memory vllm_tp
                 micro_batch_tokens device tracker push_to_hub""".split()
 
 
 def prepare(script, args, warm=None):
     """-> (args with every field filled in, the model's config or None, the device). Joins the process group, prints what
     will run. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
+    sys.excepthook = _without_a_traceback
     if args.resume:
         args = inherit(Path(script).stem, args)
     gpu.choose(vars(args).get("device", "auto"))
+    default = {f.name: f.default for f in dataclasses.fields(args)}
+    told = {"model", "task", "data", "steps", "seed"} | {k for k, v in vars(args).items() if v != default[k]}
     args, config = resolve(args, warm)
     device = gpu.init(args)
     if gpu.rank() == 0:
-        print(f"{Path(script).stem}: " + " ".join(f"{k}={v}" for k, v in vars(args).items() if v not in (None, ())), flush=True)
+        words = " ".join(f"{k}={v}" for k, v in vars(args).items() if k in told and v is not None)
+        print(f"{Path(script).stem}: {words}; the rest is its preset's (config.json)", flush=True)
     return args, config, device
+
+
+def _without_a_traceback(kind, error, trace):
+    """Ctrl-C before a run has begun, or the second one during it."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends as a shell expects it
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def resolve(args, warm=None):
     """Fills every field of `args` left at None from the preset of its model, and checks all of them against their limits.
     Returns (args, the model's transformers config; None for a script without the field model)."""
     fields, config, size = vars(args), None, 0
-    small = "model" not in fields or models.locate(args.model) in tiny.SHAPES
+    small, known = "model" not in fields or models.locate(args.model) in tiny.SHAPES, None
     if not small:
         config, size = models.architecture(args)
+        known = getattr(config, "warm_started_on", None)  # a checkpoint of a tiny model
+        small = known is not None
     preset = TINY if small else next(p for limit, p in PRESETS.items() if size / 1e9 <= limit)
     for field, kind in KINDS.items():
         preset = preset | (kind[not small] if field in fields else {})
@@ -75,6 +93,7 @@ def resolve(args, warm=None):
             print("note: this GPU has no bfloat16 of its own: --dtype float32, --optimizer adamw by default", flush=True)
     own = getattr(args, "tiny_preset" if small else "real_preset", {})
     source = "task" if "task" in fields else "data"
+    own = own | ({source: known} if tasks.world(known) else {})
     world = warm or tasks.world(fields.get(source) or (preset | own).get(source)) if small else None
     length = dict(max_new_tokens=world.max_new_tokens) if world and world.max_new_tokens else {}
     for field, value in (preset | length | own).items():
@@ -109,7 +128,7 @@ def _check(args):
     if vars(args).get("reward"):
         rewards.Own(args.reward)
     if vars(args).get("prompt_template"):
-        tasks.fill(args.prompt_template, [""])
+        encoding.fill(args.prompt_template, [""])
     if place := vars(args).get("run_dir"):
         nearest = next(p for p in (Path(place), *Path(place).absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
@@ -131,10 +150,12 @@ def inherit(script, args):
         raise UserError(f"--resume {args.resume}: no run there ({path} cannot be read)") from None
     if of != script:
         raise UserError(f"--resume {args.resume}: that is a run of {of}.py, not of {script}.py")
+    flags = [re.match(r"--(?:no-)?([^=]*)", word) for word in sys.argv[1:]]
+    typed = {flag[1].replace("-", "_") for flag in flags if flag}  # also where it is the default
     for f in dataclasses.fields(args):
         given, old = getattr(args, f.name), kept.get(f.name, f.default)
         old = tuple(old) if isinstance(old, list) else old
-        if given == f.default and f.name not in ("resume", "run_dir"):
+        if given == f.default and f.name not in ("resume", "run_dir", *typed):
             setattr(args, f.name, old)
         elif given != old and f.name not in MAY_CHANGE:
             change = f"--{f.name.replace('_', '-')} is {old} there, not {given}"

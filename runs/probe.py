@@ -256,7 +256,7 @@ def writable(name):
 def labels(names):
     """{name: what it is called}: <run> step-N of a checkpoint, the last part of another folder; the whole, were two the same.
     Raises UserError where there is no such model."""
-    places = {name: Path(models.locate(talk.last_checkpoint(name))) for name in names}
+    places = {name: Path(models.locate(name)) for name in names}
     short = {n: f"{p.parents[1].name} {p.name}" if p.parent.name == "checkpoints" else p.name for n, p in places.items()}
     short = {n: short[n] if p.is_dir() else n for n, p in places.items()}
     return short if len(set(short.values())) == len(short) else {n: n for n in names}

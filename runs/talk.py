@@ -12,7 +12,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import tyro
 
 from algos import grpo
-from common import UserError, engines, gpu, models, settings, tasks
+from common import UserError, encoding, engines, gpu, models, settings, tasks
 from common.worlds import tiny
 
 SURE = (248, 105, 107), (255, 225, 125), (110, 195, 125)  # red, yellow, green, for 0, 0.5 and 1
@@ -52,21 +51,13 @@ class Options:
     """of the sampling, with the number of the prompt"""
 
 
-def last_checkpoint(name):
-    """A run folder -> its last checkpoint; any other name as it is. Raises UserError where a run has none yet."""
-    steps = {int(m[1]): str(p) for p in Path(name).glob("checkpoints/*") if (m := re.fullmatch(r"step-(\d+)", p.name))}
-    if not steps and (Path(name) / "metrics.jsonl").exists():
-        raise UserError(f"the run {name} has no checkpoint yet")
-    return steps[max(steps)] if steps else name
-
-
 def open_model(name, **flags):
     """A model to be read and sampled, not trained -> (args as a script has them, config, tokenizer, policy). `flags`: fields of
     args; None becomes the preset's, but dtype is as stored, unless in 16 bits, and a completion ends where it did in the run
     that a checkpoint lies in. Raises UserError as a script does."""
-    args = grpo.Args(model=last_checkpoint(name), optimizer="adamw_sr", **flags)  # there is none, but adamw refuses bfloat16
+    args = grpo.Args(model=models.locate(name), optimizer="adamw_sr", **flags)  # there is none, but adamw refuses bfloat16
     folder, longest = Path(args.model), args.max_new_tokens
-    if models.locate(args.model) not in tiny.SHAPES:
+    if args.model not in tiny.SHAPES:
         stored = str(models.architecture(args)[0].dtype or torch.float32).removeprefix("torch.")
         args.dtype = stored if stored in ("float32", "float64") else None
         with contextlib.suppress(OSError, ValueError, LookupError):
@@ -85,10 +76,7 @@ def open_model(name, **flags):
 def encode(text, tokenizer, raw=False):
     """Token ids of a prompt, through the chat template where there is one, unless raw. Raises UserError where there are none,
     or unknown ones."""
-    chat = bool(tokenizer.chat_template) and not raw
-    if chat:
-        text = tokenizer.apply_chat_template([dict(role="user", content=text)], tokenize=False, add_generation_prompt=True)
-    ids = tasks.tokenize([text], tokenizer, "the prompt", add_special_tokens=not chat)[0]
+    ids = (encoding.tokenize if raw else encoding.prompt_ids)([text], tokenizer, "the prompt")[0]
     if not ids:
         raise UserError(f"the tokenizer makes no tokens of the prompt {text!r}")
     return ids

@@ -25,6 +25,8 @@ PURPOSE = {
     "rewards": ("Own",),
     "answers": ("has_format", "maths"),
     "tasks": ("encode",),
+    "tables": ("prompt_and_answer",),
+    "samples": ("record", "contrast"),
     "pairs": ("Pair", "Data"),
     "settings": ("resolve", "inherit"),
     "memory": ("memory_plan", "explain_plan"),
@@ -120,10 +122,10 @@ def two_users(sources):
 
 
 def line_caps(sources):
-    """The core of common/ under 2,400 lines, a file at most 260, a world (what makes a task) at most 115."""
+    """The core of common/ under 2,700 lines, a file at most 260, a world (what makes a task) at most 115."""
     lines = {p: len(t.splitlines()) for p, t in sources.items() if stem(p)}
     total = sum(lines[p] for p in core(sources))
-    complaints = [] if total < 2400 else [f"the core of common/ has {total} lines; it is to stay under 2,400"]
+    complaints = [] if total < 2700 else [f"the core of common/ has {total} lines; it is to stay under 2,700"]
     for path, n in lines.items():
         most = 115 if makes_task(path, sources[path]) else 260
         if n > most:

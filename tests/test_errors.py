@@ -110,11 +110,11 @@ CASES = {
     # characters that the model has no token for
     "a character": (
         [*LOCAL, "--task", "{place}/strange.jsonl", "--prompt-template", "{{prompt}}"],
-        "strange.jsonl: the tokenizer does not know the character 'é' of 'café?'",
+        "strange.jsonl:41: the tokenizer does not know the character 'é' of 'café?'",
     ),
     "a character of the task's own template": (
         [*LOCAL, "--task", "{place}/good.jsonl"],
-        "good.jsonl: the tokenizer does not know the character '\\\\' of",
+        "good.jsonl:1: the tokenizer does not know the character '\\\\' of",
         "Please reason step by step",
     ),
     "a character of the template given": (

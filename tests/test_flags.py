@@ -119,7 +119,7 @@ def test_system_prompt():
     with pytest.raises(UserError, match="--system-prompt: the tokenizer has no chat template"):
         tasks.load("addition:1", tiny_models.characters(), None, "Be brief.")
     for template, said in (("{{ messages[-1]['content'] }}", "leaves the system's turn out"),
-                           ("{{ raise_exception('no system') }}", "refuses the prompts: no system")):  # fmt: skip
+                           ("{{ raise_exception('no system') }}", "refuses the prompt: no system")):  # fmt: skip
         tokenizer.chat_template = template
         with pytest.raises(UserError, match=said):
             tasks.load("addition:1", tokenizer, None, "Be brief.")
@@ -456,7 +456,7 @@ def test_a_rank_without_prompts(monkeypatch):
     tokenizer = tiny_models.characters()
     monkeypatch.setattr(gpu, "rank", lambda: 1)
     monkeypatch.setattr(gpu, "world", lambda: 2)
-    monkeypatch.setattr(gpu, "total", lambda x: x)
+    monkeypatch.setattr(gpu, "total", lambda x, *_: x)
     engine = Scripted({1: [], 2: []})
     task = SimpleNamespace(test=[tasks.Example(0, "", "y", [5])])
     scorer = lambda texts, answers: (texts, [])  # noqa: E731

@@ -86,7 +86,7 @@ def test_any_rank_can_make_the_warm_start(tmp_path):
     (tmp_path / "warm.py").write_text(WARM)
     out = launch(2, tmp_path / "cache", script=tmp_path / "warm.py", env=dict(PYTHONPATH="."))
     (folder,) = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
-    assert out.split() == [str(folder)]
+    assert out.split()[-1] == str(folder)
     saved = load_file(folder / "model.safetensors")
     assert sum(v.numel() for v in saved.values()) == count_parameters(tiny.config())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from algos import dpo
-from common import UserError, gpu, judge, pairs, policy, tasks
+from common import UserError, encoding, gpu, judge, pairs, policy, tasks
 from common.worlds import tiny
 from tests.helpers import ROOT, run, user_error
 
@@ -50,9 +50,10 @@ def write(path, rows):
     ],
 )
 def test_every_schema_is_the_same_pair(row):
-    prompt, chosen, rejected = pairs._row(row, "here")
+    prompt, chosen, rejected, where = pairs._row(row, "here")
+    assert where == "here"
     assert (chosen, rejected) == ("yes", "no") and prompt in ("hi", [user("hi")])
-    assert TOKENIZER.decode(pairs.prompt_ids(prompt, TOKENIZER)) == "hi"
+    assert TOKENIZER.decode(encoding.prompt_ids([prompt], TOKENIZER, "")[0]) == "hi"
 
 
 def test_a_conversation_goes_through_the_chat_template():
@@ -60,8 +61,8 @@ def test_a_conversation_goes_through_the_chat_template():
     tokenizer.chat_template = "{% for m in messages %}({{ m['role'] }}){{ m['content'] }}{% endfor %}={% raw %}{% endraw %}"
     row = dict(chosen=[user("a"), assistant("b"), user("c"), assistant("d")])
     row["rejected"] = [*row["chosen"][:-1], assistant("e")]
-    prompt, chosen, _ = pairs._row(row, "here")
-    text = tokenizer.decode(pairs.prompt_ids(prompt, tokenizer))
+    prompt, chosen, *_ = pairs._row(row, "here")
+    text = tokenizer.decode(encoding.prompt_ids([prompt], tokenizer, "")[0])
     assert text == "(user)a(assistant)b(user)c=" and chosen == "d"
 
 
@@ -97,8 +98,8 @@ def test_what_is_left_out_and_held_out(tmp_path, capsys):
     assert not {p.text for p in data.train} & {p.text for p in data.test}
     assert [p.id for p in data.train + data.test] == list(range(40)) and data.reward is None
     write(tmp_path / "train.jsonl", rows), write(tmp_path / "test.jsonl", rows[:3])
-    data = load(tmp_path / "train.jsonl")
-    assert (len(data.train), len(data.test)) == (40, 3)
+    data = load(tmp_path / "train.jsonl")  # both prompts that are held out have two rows to train on, which are left out
+    assert (len(data.train), len(data.test)) == (36, 3) and not {p.text for p in data.train} & {p.text for p in data.test}
 
 
 def test_a_response_that_is_cut_has_no_end(tmp_path):
@@ -256,16 +257,16 @@ def test_worlds(name):
     world = tasks.world(name)
     train, test = pairs._built_in(world)
     assert (train, test) == pairs._built_in(tasks.world(name)) and len(train) == 4096 and len(test) == 512
-    assert not {p for p, _, _ in train} & {p for p, _, _ in test}
-    better = sum(world.reward(p, a) > world.reward(p, b) for p, a, b in train) / len(train)
+    assert not {row[0] for row in train} & {row[0] for row in test}
+    better = sum(world.reward(p, a) > world.reward(p, b) for p, a, b, _ in train) / len(train)
     assert 0.65 < better < 0.95 if name.startswith("letters") else better == 1  # letters: noisy labels
-    for p, a, b in train[:200]:
+    for p, a, b, _ in train[:200]:
         assert a != b and len(world.worth(p, a)) == len(a)
         assert TOKENIZER.unk_token_id not in TOKENIZER(p + a + b)["input_ids"]
         assert world.check(a, p) == (a, world.reward(p, a))  # what an online script scores is the gold reward
     data = load(name)
     assert all(len(w) == len(y) for q in data.train for w, y in zip(q.gold, (q.chosen, q.rejected)))
-    p, a, _ = test[0]
+    p, a, *_ = test[0]
     assert data.reward(p, a) == world.reward(p, a)
     assert (data.responses is None) == (name != "letters4")
 
@@ -274,7 +275,7 @@ def test_the_pairs_are_those_of_ever():
     """The committed results are of these."""
     code = {}
     for name in WORLDS:
-        rows = pairs._built_in(tasks.world(name))
+        rows = tuple([row[:3] for row in part] for part in pairs._built_in(tasks.world(name)))
         code[name] = hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
     assert code == PAIRS
 

@@ -26,14 +26,14 @@ def settings(**changes):
 
 
 def rewards(score=SCORE, mask=MASK, **changes):
-    return rto.token_rewards(score, OLD_LOGP, REF_LOGP, DPO_LOGP, mask, settings(**changes))
+    return rto.token_rewards(score, OLD_LOGP, REF_LOGP, DPO_LOGP - REF_LOGP, mask, settings(**changes))
 
 
 # ---------------------------------------------------------------- the objective
 
 
 def test_worked_example():
-    term = rto.dpo_rewards(DPO_LOGP, REF_LOGP, MASK, settings())
+    term = rto.dpo_rewards(DPO_LOGP - REF_LOGP, MASK, settings())
     torch.testing.assert_close(term, torch.tensor([[0.025, -0.05, -0.025]]), **CLOSE)
     clipped_first = 0.05 * (DPO_LOGP - REF_LOGP).clamp(-0.05, 0.05)
     torch.testing.assert_close(clipped_first, torch.tensor([[0.0025, -0.0025, -0.0025]]), **CLOSE)  # the wrong order
@@ -48,7 +48,7 @@ def test_worked_example():
 
 
 def test_no_clip():
-    term = rto.dpo_rewards(DPO_LOGP, REF_LOGP, MASK, settings(dpo_clip=0.0))
+    term = rto.dpo_rewards(DPO_LOGP - REF_LOGP, MASK, settings(dpo_clip=0.0))
     torch.testing.assert_close(term, torch.tensor([[0.025, -0.07, -0.025]]), **CLOSE)
 
 
@@ -86,7 +86,7 @@ def test_ragged_and_empty_rows(shape):
     """Garbage outside the mask changes nothing; the score stands on the last valid token; an empty row gets nothing."""
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
     args, score = settings(shape=shape), torch.tensor([1.0, 2.0, 3.0])
-    logps = [x.expand(3, 3) for x in (OLD_LOGP, REF_LOGP, DPO_LOGP)]
+    logps = [x.expand(3, 3) for x in (OLD_LOGP, REF_LOGP, DPO_LOGP - REF_LOGP)]
     found = rto.token_rewards(score, *logps, mask, args)
     short = rto.token_rewards(score[:1], *(x[:1, :2] for x in logps), mask[:1, :2], args)
     torch.testing.assert_close(found[:1, :2], short, **CLOSE)
@@ -200,7 +200,10 @@ def test_every_flag_of_stage_1_changes_the_dpo_model(whole, tmp_path, monkeypatc
 
 
 def test_a_real_model_takes_the_paper_s_values(whole, tmp_path):
-    local = "--model", whole / "dpo", "--task", "letters", "--dpo-model", whole / "dpo", "--max-new-tokens", 9, "--steps", 0
+    model = shutil.copytree(whole / "dpo", tmp_path / "model")  # not to be known for a tiny one
+    config = json.loads((model / "config.json").read_text()) | dict(warm_started_on=None)
+    (model / "config.json").write_text(json.dumps(config))
+    local = "--model", model, "--task", "letters", "--dpo-model", whole / "dpo", "--max-new-tokens", 9, "--steps", 0
     done = run(tmp_path, *local, "--dtype", "float32", "--optimizer", "adamw", "--run-dir", tmp_path / "run", script=RTO)
     assert done.code == 0, done.err
     args = json.loads((tmp_path / "run" / "config.json").read_text())["args"]

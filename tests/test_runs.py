@@ -67,8 +67,12 @@ def test_what_is_printed(whole):
     assert done.stderr == ""
     printed = done.stdout.splitlines()
     assert re.fullmatch(r"greedy accuracy \d\.\d\d -> \d\.\d\d on 32 held-out prompts", printed[-1])
+    # What was given, and what is always of interest; a flag that was left open is not there.
     assert printed[0].startswith("grpo: model=tiny task=addition seed=1 steps=6 prompts_per_step=8 group_size=4 minibatches=2 ")
-    assert "lr=0.0001" in printed[0] and "=None" not in printed[0]
+    assert "lr=" not in printed[0] and "None" not in printed[0] and printed[0].endswith("its preset's (config.json)")
+    checkpoint = whole[0] / "checkpoints" / "step-000006"
+    assert f"curves: tensorboard --logdir {whole[0]}" in printed and f"talk to it: python -m runs.talk {whole[0]}" in printed
+    assert printed[-2].endswith(f"from_pretrained: {checkpoint}")
     assert f"run folder {whole[0]}" in printed
 
 
@@ -151,7 +155,11 @@ def test_a_checkpoint_is_a_model(whole, tmp_path):
     after = lines(whole[0] / "evals.jsonl")
     accuracy = float(re.search(r"-> (\S+) on", whole[1].stdout.splitlines()[-1])[1])
     assert lines(tmp_path / "run" / "evals.jsonl")[0]["greedy_accuracy"] == pytest.approx(accuracy, abs=0.005), after
+    assert done.out.splitlines()[-1].startswith("evaluation only (no steps): greedy accuracy ")
+    assert len(lines(tmp_path / "run" / "evals.jsonl")) == 1
     assert "memory plan per process" in done.out and ": fits" in done.out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["args"]
+    assert (config["group_size"], config["lr"], config["minibatches"]) == (8, 1e-4, 8)  # the tiny preset, by what the folder is
 
 
 def test_a_second_run_does_not_write_into_the_first(whole, tmp_path):
@@ -363,8 +371,10 @@ def small_files():
 @pytest.mark.parametrize(
     "argv, complaint",
     [
-        (("--model", "qwen2.5-7b"), "--model is tiny there, not qwen2.5-7b"),
+        (("--model", "tiny-deep"), "the checkpoint is of another model (qwen2 2 x 96, vocabulary 78)"),
         (("--group-size", "8"), "--group-size is 4 there, not 8"),
+        (("--epochs", "2"), "--epochs is 1 there, not 2"),
+        (("--beta", "0.0", "--minibatches", "8"), "--minibatches is 2 there, not 8"),
         (("--seed", "5"), "--seed is 1 there, not 5"),
         (("--lr", "1e-3"), "--lr is 0.0001 there, not 0.001"),
         (("--eps", "0.1"), "--eps is 0.2 there, not 0.1"),
@@ -511,12 +521,13 @@ def test_two_processes_make_one_model(tmp_path):
     done = [c.wait() for c in children]
     assert [d.code for d in done] == [0, 0], [d.err for d in done]
     folders = [p for p in cache.iterdir() if p.is_dir()]
-    assert len(folders) == 1 and done[0].out == done[1].out == f"{folders[0]}\n"
+    assert len(folders) == 1 and all(d.out.splitlines()[-1] == str(folders[0]) for d in done)
+    assert sum("making a tiny model for addition:2" in d.out for d in done) == 1
     assert sorted(p.suffix for p in cache.iterdir()) == ["", ".lock"]
     made = (folders[0] / "model.safetensors").stat().st_mtime_ns
     weights = (folders[0] / "model.safetensors").read_bytes()
     again = Child(functools.partial(make_tiny, str(cache)), tmp_path).wait()
-    assert again.out == done[0].out and (folders[0] / "model.safetensors").stat().st_mtime_ns == made
+    assert again.out == f"{folders[0]}\n" and (folders[0] / "model.safetensors").stat().st_mtime_ns == made
     shutil.rmtree(cache)
     Child(functools.partial(make_tiny, str(cache)), tmp_path, env=dict(TOKENPO_CACHE="/proc/nowhere")).wait()
     assert (folders[0] / "model.safetensors").read_bytes() == weights
@@ -531,7 +542,8 @@ def test_the_cache_may_be_elsewhere(tmp_path):
     done = Child(target, tmp_path, env=dict(TOKENPO_CACHE=str(cache))).wait()
     assert done.code == 0, done.err
     (folder,) = [p for p in cache.iterdir() if p.is_dir()]
-    assert done.out == f"{folder}\n" and (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
+    assert done.out.endswith(f"\n{folder}\n")
+    assert (folder / "model.safetensors").exists() and (folder / "tokenizer.json").exists()
 
 
 def dying(target):
@@ -585,7 +597,7 @@ def scored(folder, done):
     rows = lines(folder / "metrics.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6] and [r["auroc"] for r in rows] == [i / 8 for i in range(6)]
     assert lines(folder / "evals.jsonl") == [dict(step=6, auroc=0.75, prompts=6)]
-    assert done.out.startswith("scores: seed=1 items=6 ") and f"run folder {folder}" in done.out
+    assert done.out.startswith("scores: seed=1 run_dir=") and f"run folder {folder}" in done.out
     config = json.loads((folder / "config.json").read_text())
     assert config["script"] == "scores" and config["args"]["items"] == 6
     return config
@@ -605,7 +617,11 @@ def test_a_run_without_a_model_ends_with_its_sentence(tmp_path):
 @pytest.mark.parametrize("model", ["tiny", "folder"])
 def test_a_run_that_trains_nothing(tmp_path, tiny, model):
     """Its Args have no rate, no optimizer, no engine: the memory plan of a real model must not want them."""
-    model = "tiny" if model == "tiny" else tiny
+    if model == "folder":  # one that is not known to be a tiny model
+        model = shutil.copytree(tiny, tmp_path / "model")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | dict(warm_started_on=None)))
+    model = str(model)
     args = ScoresOfAModel(run_dir=str(tmp_path / "run"), model=model, task="addition", dtype="float32", max_new_tokens=28)
     done = Child(functools.partial(scoring, args), tmp_path).wait()
     config = scored(tmp_path / "run", done)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from algos import dpo, t_reg, tgdpo
-from common import models, pairs, tasks
+from common import encoding, models, pairs, tasks
 from common.worlds import tiny
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
@@ -173,7 +173,7 @@ def test_a_file(tmp_path, letters):
     tokenizer, model = models.load_tokenizer(args), models.load(args, "cpu", trainable=False)
     for better, column in zip((True, False), found):
         for row, answer in ((8, "abc"), (9, "kkkk")):
-            prompt = pairs.prompt_ids(t_reg.revision("4: abc?", answer, better), tokenizer)
+            prompt = encoding.prompt_ids([t_reg.revision("4: abc?", answer, better)], tokenizer, "")[0]
             response = tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
             (expected,) = pairs.logp_of(model, [(prompt, response)], args)
             torch.testing.assert_close(column[row], expected, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from algos import tab_po
 from tests.helpers import ROOT, lines, run, user_error
 from tests.test_dpo import example, pair
+from tests.test_tables import sentencepiece
 
 PLAIN = dict(args=dict(barrier=0.0))
 
@@ -262,9 +264,9 @@ def test_a_run_on_a_file(tmp_path, tiny):
 @pytest.mark.parametrize(
     "argv, complaint",
     [
-        (["--field-weights", "Code"], "--field-weights must be like Code=1.1,Span=1.2, is Code"),
+        (["--field-weights", "Code"], "--field-weights must be like Code=1.1,Span=1.2, above 0, is Code"),
         (["--field-weights", "Code=much"], "--field-weights must be like"),
-        (["--field-weights", "Code=0"], "--field-weights must be above 0, is Code=0"),
+        (["--field-weights", "Code=0"], "above 0, is Code=0"),
         (["--difference-weight", "-1"], "--difference-weight must be above 0, is -1"),
         (["--tau", "0"], "--tau must be above 0 and at most 1, is 0"),
         (["--barrier", "-1"], "--barrier must be at least 0, is -1"),
@@ -272,3 +274,13 @@ def test_a_run_on_a_file(tmp_path, tiny):
 )
 def test_mistakes_end_in_one_line(tmp_path, tiny, argv, complaint):
     assert complaint in user_error(run(tmp_path, *argv, script=TAB_PO))
+
+
+def test_the_blank_before_a_word_is_in_its_piece(monkeypatch):
+    """SentencePiece, where a token decoded alone would lose it: then no name behind a blank is a word of its own."""
+    told = []
+    monkeypatch.setattr(tab_po, "token_weights", lambda chosen, _, piece, *more: told.append("".join(map(piece, chosen))) or [])
+    tokenizer = sentencepiece()
+    pair = SimpleNamespace(chosen=tokenizer("ab. cd x")["input_ids"], rejected=[])
+    tab_po.weight_column(SimpleNamespace(train=[pair], test=[]), tokenizer, tab_po.Args(field_weights=""))
+    assert told == [" ab. cd x"]

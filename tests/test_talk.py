@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as kinds
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from common import UserError
+from common import UserError, models
 from common.worlds import tiny as worlds
 from runs import talk
 from tests.helpers import ROOT, run, tiny, user_error
@@ -48,14 +48,14 @@ def test_colours():
 
 
 def test_a_run_is_its_last_checkpoint(tmp_path):
-    assert talk.last_checkpoint("tiny") == "tiny" and talk.last_checkpoint(str(tmp_path)) == str(tmp_path)
+    assert models.locate("tiny") == "tiny" and models.locate(str(tmp_path)) == str(tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="no checkpoint yet"):
-        talk.last_checkpoint(str(tmp_path))
+        models.locate(str(tmp_path))
     for name in ("step-999999", "step-1000000", "step-000020", "step-1000001.partial", "last"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     last = str(tmp_path / "checkpoints" / "step-1000000")
-    assert talk.last_checkpoint(str(tmp_path)) == last == talk.last_checkpoint(last)
+    assert models.locate(str(tmp_path)) == last == models.locate(last)
 
 
 def test_prompts_go_through_the_chat_template():
@@ -82,14 +82,14 @@ def trained(tiny, tmp_path):
 def test_a_model_is_opened_as_it_was_stored_and_ran(tiny, trained):
     args, config, _, policy = talk.open_model(tiny, engine="hf")
     assert args.dtype == "float32" == str(next(policy.parameters()).dtype)[6:] and not policy.lm.training
-    assert args.max_new_tokens == 512 == config.max_position_embeddings // 2 and args.stop == ()
+    assert args.max_new_tokens == 28 and args.task == "addition:2" and args.stop == ()  # a tiny model's preset
     assert not any(p.requires_grad for p in policy.parameters())
     args = talk.open_model(str(trained))[0]
     assert args.max_new_tokens == 20 and args.stop == ("9", ":1") and args.model.endswith("step-000007")
     assert talk.open_model(str(trained), max_new_tokens=5)[0].max_new_tokens == 5
     path = trained / "checkpoints" / "step-000007" / "config.json"
     for stored, dtype in (("float64", torch.float64), ("bfloat16", torch.bfloat16), ("float16", torch.bfloat16)):
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(dtype=stored)))
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(dtype=stored, warm_started_on=None)))
         assert next(talk.open_model(str(trained))[3].parameters()).dtype == dtype
 
 
@@ -113,9 +113,9 @@ def probabilities(folder, prompt, text, temperature):
 
 def test_what_is_shown_is_the_models_own_probability(tiny, monkeypatch, capsys):
     """Without colours in brackets, with them as the ground; at the temperature of the sampling."""
-    given = dict(model=tiny, temperature=1.5, n=3)
+    given = dict(model=tiny, temperature=2.0, n=4)
     plain = ask(monkeypatch, capsys, "12+34=\n\n56+78=\n", **given).out.splitlines()
-    assert plain[:2] == ["probability of a token: in [brackets] where below 0.5", "> 12+34="] and len(plain) == 5
+    assert plain[:2] == ["probability of a token: in [brackets] where below 0.5", "> 12+34="] and len(plain) == 6
     lit = ask(monkeypatch, capsys, "12+34=\n", tty=True, **given).out.splitlines()
     assert re.findall(CODE, lit[0])[::4] == [("248", "105", "107", " 0.0 "), ("110", "195", "125", " 1.0 ")]
     lit = [line for line in lit if "<eos>" in line]
@@ -123,7 +123,7 @@ def test_what_is_shown_is_the_models_own_probability(tiny, monkeypatch, capsys):
     for line, coloured in zip(plain[2:], lit, strict=True):
         parts = re.findall(r"(<eos>|.)(?:\[(\d\.\d\d)\])?", line)
         text = "".join(token for token, _ in parts[:-1])
-        p, _ = probabilities(tiny, "12+34=", text, 1.5)
+        p, _ = probabilities(tiny, "12+34=", text, 2.0)
         expected = [f"{x:.2f}" if x < 0.5 else "" for x in p]
         assert [number for _, number in parts] == expected and parts[-1][0] == "<eos>"
         painted = [(token, (int(r), int(g), int(b))) for r, g, b, token in re.findall(CODE, coloured)]
@@ -152,10 +152,10 @@ def test_no_color_and_cut_answers(trained, monkeypatch, capsys):
 
 
 def test_a_prompt_that_cannot_be_read_is_refused_and_the_next_one_asked_for(tiny, monkeypatch, capsys):
-    found = ask(monkeypatch, capsys, f"1%1=\n{'1' * 600}\n12+34=\n", model=tiny)
+    found = ask(monkeypatch, capsys, f"1%1=\n{'1' * 1000}\n12+34=\n", model=tiny)
     refused = found.err.splitlines()
     assert len(refused) == 2 and "does not know the character '%' of '1%1='" in refused[0]
-    assert refused[1] == "error: a prompt of 600 tokens and --max-new-tokens 512 exceed 1024 positions"
+    assert refused[1] == "error: a prompt of 1000 tokens and --max-new-tokens 28 exceed 1024 positions"
     assert found.out.splitlines()[-1].count("<eos>") == 1
     with pytest.raises(UserError, match="character '%'"):
         ask(monkeypatch, capsys, "", model=tiny, prompt="1%1=")

@@ -5,12 +5,13 @@ import inspect
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import torch
 
 from common import ROOT, UserError, gpu, whole_folder
-from common.tasks import tokenize
+from common.encoding import tokenize
 
 CHARACTERS = "\n +-*/=().,:?" + "0123456789" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"
 # Layers, width, inner width, heads: 230, 27, 460 and 810 thousand parameters.
@@ -57,7 +58,7 @@ def config(name="tiny", task=None):
     fields = dict(
         vocab_size=size, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=1024, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None, use_cache=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None, use_cache=True, warm_started_on=task.name if task else None,
     )  # fmt: skip
     return Qwen2Config(**fields | (task.shape if task else {}))
 
@@ -91,6 +92,9 @@ def warm_start(task, name="tiny", cache=None):
             raise UserError(f"cannot write the warm-started model to {cache}: {error.strerror or error}") from None
         with lock:
             if not (folder / "model.safetensors").exists():
+                if not sys.stderr.isatty():  # where there is no bar to be seen
+                    what = f"making a {name} model for {task.name}: supervised training of a minute or two, once"
+                    print(f"{what} (then it lies in {cache})", flush=True)
                 lm = _supervise(task, examples, tokenizer, recipe, shape)
                 with whole_folder(folder, "the warm-started model") as scratch:
                     gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0

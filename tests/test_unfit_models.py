@@ -1,0 +1,127 @@
+"""Models that Policy does not know by heart: what models.load lets in has the log-probs that transformers has."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from common import UserError, checkpoint, gpu, models
+from common.worlds import tiny
+
+SMALL = dict(
+    vocab_size=80, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=2, head_dim=16,
+)  # fmt: skip
+
+
+def folder(place, kind, dtype=torch.float32, **changes):
+    """A random model of a kind, with weights that say something, and the tiny tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL | changes)
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            p.copy_(torch.randn(p.shape) * 0.2 + (1.0 if "norm" in name and "weight" in name else 0.0))
+    lm.save_pretrained(place)
+    tiny.characters().save_pretrained(place)
+    return SimpleNamespace(model=str(place), dtype=str(dtype).removeprefix("torch."), lora_rank=0, gradient_checkpointing=False)
+
+
+def load(args):
+    models.architecture(args)
+    return models.load(args, torch.device("cpu"))
+
+
+def log_probs(policy):
+    """A ragged batch by Policy, and row by row by transformers."""
+    ids = torch.randint(3, 70, (4, 12), generator=torch.Generator().manual_seed(1))
+    ids[3, :6] = ids[0, :6]
+    seen = torch.ones(4, 12, dtype=torch.bool)
+    seen[1, :3] = seen[2, 9:] = False
+    mask = seen[:, 6:]
+    mine, own = policy(ids, seen, mask)[0], torch.zeros(mask.shape)
+    for i in range(4):
+        row = ids[i][seen[i]]
+        n = int(mask[i].sum())
+        logits = policy.lm(input_ids=row[None]).logits[0]
+        own[i, :n] = logits.log_softmax(-1)[-n - 1 : -1].gather(1, row[-n:, None])[:, 0]
+    return mine[mask], own[mask]
+
+
+@pytest.mark.parametrize("kind, packs", [
+    ("qwen2", True), ("qwen3", True), ("llama", True), ("olmo2", True), ("mistral", None), ("gemma3_text", None),
+    ("phi3", None), ("stablelm", False), ("smollm3", None), ("qwen3_moe", None),
+])  # fmt: skip
+@torch.no_grad()
+def test_what_is_let_in_has_its_own_log_probs(tmp_path, kind, packs):
+    more = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32) if kind == "qwen3_moe" else {}
+    policy = load(folder(tmp_path, kind, **more))
+    assert packs is None or policy.packs == packs
+    mine, own = log_probs(policy)
+    assert len(mine) == 21 and own.std() > 0.3
+    torch.testing.assert_close(mine, own, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, changes, why", [
+    ("gemma2", {}, "soft cap"), ("gemma3_text", dict(final_logit_softcapping=3.0), "soft cap"),
+    ("granite", dict(logits_scaling=4.0), "a scale"), ("cohere", {}, "a scale"), ("qwen2", dict(is_causal=False), "not causal"),
+])  # fmt: skip
+def test_what_would_be_wrong_in_silence_is_refused(tmp_path, kind, changes, why, dtype):
+    with pytest.raises(UserError, match=why) as caught:
+        load(folder(tmp_path, kind, dtype, **changes))
+    assert str(caught.value).count("\n") == 0 and "so that Policy would train on other log-probs" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind, why", [
+    ("phi", "a head with a bias"), ("opt", "none that Policy knows"), ("jamba", "recurrent layers"),
+    ("lfm2", "recurrent layers"), ("qwen3_next", "recurrent layers"),
+    ("qwen2_5_vl", "images or sound"), ("gemma3", "images or sound"),
+])  # fmt: skip
+def test_what_no_script_can_train_is_refused_by_its_config(tmp_path, kind, why):
+    more = dict(layer_types=["conv", "full_attention"]) if kind == "lfm2" else {}
+    more = {} if kind in ("qwen2_5_vl", "gemma3") else SMALL | more
+    AutoConfig.for_model(kind, **more).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"the architecture {kind} .*{why}"):
+        models.architecture(SimpleNamespace(model=str(tmp_path)))
+
+
+def test_a_known_model_in_bfloat16_is_let_in(tmp_path):
+    assert load(folder(tmp_path, "qwen2", torch.bfloat16)).packs
+
+
+def test_no_dropout_in_training(tmp_path):
+    """The config's stays as it is; the model in training mode gives the same twice, and DPO's first margin is 0."""
+    args = folder(tmp_path, "qwen2", attention_dropout=0.5)
+    policy = load(args)
+    assert policy.lm.training and policy.lm.config.attention_dropout == 0.5
+    with torch.no_grad():
+        a, b = (log_probs(policy)[0] for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_generation_settings_cost_no_checkpoint(tmp_path):
+    args = folder(tmp_path, "qwen2")
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(dict(do_sample=False, temperature=0.6, eos_token_id=[1, 5])))
+    policy = load(args)
+    gpu.write_weights(policy.lm, policy.lm.state_dict(), tmp_path)
+    assert models.end_tokens(policy.lm, models.load_tokenizer(args)) == [1, 5]
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [1, 5] and checkpoint._key(policy)
+
+
+def test_a_pad_token_outside_the_vocabulary(tmp_path):
+    args = folder(tmp_path, "qwen2")
+    tokenizer = tiny.characters()
+    tokenizer.add_special_tokens(dict(pad_token="<later>"))
+    tokenizer.add_tokens([f"<{i}>" for i in range(10)])
+    tokenizer.add_special_tokens(dict(pad_token="<last>"))
+    assert tokenizer.pad_token_id >= 80
+    tokenizer.save_pretrained(tmp_path)
+    assert models.load_tokenizer(args).pad_token_id == 1
+    tokenizer.add_special_tokens(dict(eos_token="<last>"))
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its end-of-sequence token 8[0-9] is none of its 80 tokens"):
+        models.load_tokenizer(args)
