@@ -261,6 +261,7 @@ def train(args):
 
 
 if __name__ == "__main__":
-    import tyro
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
 
-    train(tyro.cli(Args))
+    train(settings.parse(Args, __doc__))

@@ -1,16 +1,20 @@
 """Settings: what a flag that was left open becomes, what a flag may be, and what a resumed run keeps."""
 
+import ast
 import dataclasses
+import inspect
 import json
 import math
 import os
 import re
 import signal
 import sys
+import textwrap
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import torch
+import tyro
 
 from common import UserError, encoding, gpu, models, rewards, tasks
 from common.worlds import tiny
@@ -41,8 +45,36 @@ COUNTS = """prompts_per_step pairs_per_step group_size minibatches epochs max_ne
 LIMITS = dict.fromkeys(COUNTS, "1 <= x") | dict(vllm_memory="0 < x <= 1")
 LIMITS |= dict(lora_alpha="0 < x", eval_temperature="0 < x")
 LIMITS["temperature"] = "0 < x: a greedy policy has nothing to learn from"
+LAST_SHARED = "micro_batch_tokens"  # field of Args; the method's own come behind it
 MAY_CHANGE = """resume run_dir model steps eval_every eval_samples eval_temperature checkpoint_every engine vllm_memory vllm_tp
                 micro_batch_tokens device tracker push_to_hub""".split()
+
+
+def parse(cls, doc):
+    """Args from the command line. --help says what the method is, the first part of a script's docstring, and its own flags
+    before those that it shares; of a flag that is left open what its preset makes of it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    described = [(a, b) for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+    words = {a.target.id: b.value.value for a, b in described}
+    fields, hints = dataclasses.fields(cls), get_type_hints(cls)
+    names = [f.name for f in fields]
+    kinds = [preset for field, preset in KINDS.items() if field in names]
+    presets = [TINY | (kinds[0][0] if kinds else {}) | getattr(cls, "tiny_preset", {})]
+    presets += [PRESETS[4.0] | (kinds[0][1] if kinds else {}) | getattr(cls, "real_preset", {})]
+    cut = names.index(LAST_SHARED) + 1 if LAST_SHARED in names else 0
+
+    def flag(f):
+        of = list(dict.fromkeys(str(preset[f.name]) for preset in presets if f.name in preset)) or ["none"]
+        hint = f"(default: {of[0]} for tiny, else {of[1]})" if len(of) > 1 else f"(default: {of[0]})"
+        arg = tyro.conf.arg(help=words.get(f.name), help_behavior_hint=hint if f.default is None else None)
+        return f.name, Annotated[hints[f.name], arg], dataclasses.field(default=f.default)
+
+    groups = {Path(sys.argv[0]).stem: fields[cut:], "shared": fields[:cut]}
+    made = {title: dataclasses.make_dataclass(title, map(flag, some)) for title, some in groups.items() if some}
+    omit = tyro.conf.OmitArgPrefixes
+    both = [(title, omit[kind], dataclasses.field(default_factory=kind)) for title, kind in made.items()]
+    found = tyro.cli(dataclasses.make_dataclass("Flags", both), description=doc.partition("\nFamily:")[0])
+    return cls(**{k: v for group in vars(found).values() for k, v in vars(group).items()})
 
 
 def prepare(script, args, warm=None):

@@ -4,6 +4,7 @@ sampled evaluations, rollouts that wait."""
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -463,3 +464,36 @@ def test_a_rank_without_prompts(monkeypatch):
     a = args(eval_prompts=1, eval_samples=2, eval_temperature=1.0)
     found = rollout.evaluate(engine, scorer, tokenizer, task, a)
     assert found == {"greedy_accuracy": 0.0, "avg@2": 0.0, "pass@2": 0.0, "prompts": 1}
+
+
+# ---------------------------------------------------------------- --help
+
+
+def helped(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"algos/{module.__name__.rpartition('.')[2]}.py", "--help"])
+    with pytest.raises(SystemExit):
+        settings.parse(module.Args, module.__doc__)
+    return re.sub(r"[\s\u2502]+", " ", capsys.readouterr().out)
+
+
+def test_help_says_what_the_method_is_and_what_its_presets_are(monkeypatch, capsys):
+    """The method's own flags stand first."""
+    from algos import dapo, dpo
+
+    text = helped(dapo, monkeypatch, capsys)
+    assert "DAPO: Decoupled Clip and Dynamic sAmpling" in text and "Idea: four repairs of GRPO" in text
+    assert "Family:" not in text
+    assert text.index("dapo options") < text.index("--eps-low") < text.index("shared options") < text.index("--model")
+    for line in ("(default: route for tiny, else gsm8k)", "(default: 120 for tiny, else 200)", "per prompt (default: 8)",
+                 "(default: 0.0001 for tiny, else 1e-06)", "(Section 4.1) (default: 0.28)"):  # fmt: skip
+        assert line in text
+    text = helped(dpo, monkeypatch, capsys)
+    assert "(default: letters for tiny, else trl-lib/ultrafeedback_binarized)" in text and "else 5e-07)" in text
+
+
+def test_what_is_typed_becomes_args(monkeypatch):
+    argv = "grpo.py --eps 0.3 --steps 7 --stop a b --gradient-checkpointing True --model x/y --lr 1e-5".split()
+    monkeypatch.setattr("sys.argv", argv)
+    found = settings.parse(grpo.Args, grpo.__doc__)
+    given = dict(eps=0.3, steps=7, stop=("a", "b"), gradient_checkpointing=True, model="x/y", lr=1e-5)
+    assert type(found) is grpo.Args and found == grpo.Args(**given)
