@@ -8,7 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from common import UserError, reason
+from common import UserError, gpu, reason
 
 HELD_OUT = 512
 
@@ -85,6 +85,9 @@ def split(train, test, n_test=HELD_OUT):
         test = [row for key, row in zip(keys, train) if key in held]
     else:
         held = {json.dumps(row[0]) for row in test}
+        twice = sum(key in held for key in keys)
+        if twice and gpu.rank() == 0:
+            print(f"note: {twice:,} rows are not trained on: their prompts are held out as well", flush=True)
     return [row for key, row in zip(keys, train) if key not in held], test
 
 

@@ -80,6 +80,15 @@ def test_minibatches_cut_the_rollout_into_parts_whose_weights_sum_to_one(tiny):
     assert not torch.equal(parts[0][0], again[0][0])
 
 
+def test_every_pass_and_every_step_has_an_order_of_its_own(tiny):
+    a, batch = sample(tiny, epochs=2, minibatches=2)
+    orders = []
+    for step in (0, 1):
+        parts = [rows.tolist() for rows, _ in minibatches(batch, a, step, grpo.token_weights)]
+        orders += [parts[0] + parts[1], parts[2] + parts[3]]
+    assert all(sorted(order) == list(range(24)) for order in orders) and len({tuple(order) for order in orders}) == 4
+
+
 def test_join_undoes_groups(tiny):
     _, batch = sample(tiny)
     parts = [batch.groups(torch.tensor(g)) for g in ([0, 2], [1], [3, 4, 5])]

@@ -84,6 +84,6 @@ def test_the_plan_of_large_models(capsys):
     plan.main()
     table = capsys.readouterr().out.splitlines()
     assert [row.split(" | ")[0] for row in table[3:]] == ["| 7B", "| 32B", "| 72B"]
-    found, seconds, room = plan.step(7.6e9, 3584, 28, 28, 4, 152064, 8, 1)
+    found, seconds, room = plan.step(7.6e9, 3584, 18944, 28, 28, 4, 152064, 8, 1)
     assert found["weights"] == 2 * 7.6e9 / 8 and found["needed"] < 0.92 * plan.MEMORY and room > 0
     assert all(s > 0 for s in seconds.values())

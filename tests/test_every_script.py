@@ -38,7 +38,8 @@ def test_statistics_of_prompts_that_come_back_survive(tmp_path, tiny):
     """DCPO on 16 prompts, 8 a step: every prompt comes twice, the second time after the resume."""
     rows = [dict(prompt=f"{a}+{b}=", answer=str(a + b)) for a, b in zip(range(12, 60, 3), range(81, 33, -3))]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    held_out = [dict(prompt=f"{i}+1=", answer=str(i + 1)) for i in range(9)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held_out))
     local = f"--model {tiny} --dtype float32 --optimizer adamw --max-new-tokens 28 --prompt-template {{prompt}}".split()
     rows = halves("dcpo", tmp_path, 2, *local, "--task", tmp_path / "train.jsonl")
     groups = [r["informative_groups"] for r in rows]

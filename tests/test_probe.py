@@ -215,7 +215,8 @@ def test_a_file_as_a_task_and_a_reward_of_its_own(tiny, tmp_path, capsys):
     some = tasks.load("addition").test[:6]
     rows = [dict(prompt=e.prompt, answer=e.answer) for e in some]
     for name in ("train", "test"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        other = dict(prompt="1+1=", answer="2")  # what is trained on must be others'
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (rows if name == "test" else [other])))
     (tmp_path / "mine.py").write_text("def check(text, answer):\n    return 0.9 if text.endswith(':' + answer) else 2.0\n")
     given = dict(max_new_tokens=28, out=str(tmp_path / "x"), n=4)
     probe.main(options(tiny, **given))

@@ -188,3 +188,45 @@ def test_an_unknown_repository_is_answered_without_retries(monkeypatch):
     with pytest.raises(UserError, match="nobody/nothing could not be had from the hub"):
         models.architecture(grpo.Args(model="nobody/nothing"))
     assert huggingface_hub.constants.HF_HUB_OFFLINE and time.monotonic() - started < 5
+
+
+def test_every_step_draws_anew(monkeypatch):
+    """Seeds of the sampling are of (seed, step, the prompt's place over all ranks), and of nothing else."""
+    told = []
+
+    class Engine:
+        device, name = torch.device("cpu"), "hf"
+
+        def generate(self, prefixes, n, budgets, temperature, seeds):
+            told.append(seeds)
+            return [([5, 1], [0.0, 0.0], True)] * (len(prefixes) * n)
+
+    def scorer(texts, answers):
+        return texts, [0.0] * len(texts)
+
+    examples = [SimpleNamespace(id=i, ids=[4], answer="x") for i in range(3)]
+    for rank, seed, step in ((0, 1, 0), (0, 1, 1), (1, 1, 1), (0, 2, 1), (0, 1, 0)):
+        monkeypatch.setattr(gpu, "rank", lambda rank=rank: rank)
+        a = grpo.Args(seed=seed, group_size=2, max_new_tokens=4)
+        rollout.collect(Engine(), scorer, worlds.characters(), examples, a, step)
+    assert told[0] == told[4] and len({s for some in told[:4] for s in some}) == 12
+    assert told[2] == [gpu.hash_seed(1, 1, 3 + i) for i in range(3)]
+
+
+@pytest.mark.parametrize("budget, most", [(None, [4, 1, 3]), (2, [2, 1, 2])])
+def test_what_is_given_counts_towards_the_longest(budget, most):
+    told = []
+
+    class Engine:
+        device = torch.device("cpu")
+
+        def generate(self, prefixes, n, budgets, temperature, seeds):
+            told.append((prefixes, budgets))
+            return [([1], [0.0], True)] * (len(prefixes) * n)
+
+    examples = [SimpleNamespace(id=i, ids=[4], answer="x") for i in range(3)]
+    given, a = [[], [5, 6, 7], [8]], grpo.Args(group_size=2, max_new_tokens=4)
+    scorer = lambda texts, _: (texts, [0.0] * len(texts))  # noqa: E731
+    b = rollout.collect(Engine(), scorer, worlds.characters(), examples, a, 1, given, budget=budget)
+    assert told == [([[4], [4, 5, 6, 7], [4, 8]], most)]
+    assert b.trained.sum(1).tolist() == [1] * 6 and b.mask.sum(1).tolist() == [1, 1, 4, 4, 2, 2]

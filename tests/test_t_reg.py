@@ -158,7 +158,7 @@ def test_a_file(tmp_path, letters):
     rows = [dict(prompt=f"{i}: abc?", chosen="abc", rejected="kkkk") for i in range(30)]
     rows.append(dict(prompt="z" * 1000, chosen="abc", rejected="kkkk"))
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0] | dict(prompt="99: abc?")) + "\n")
     done = run(
         tmp_path, "--data", tmp_path / "train.jsonl", "--model", letters, "--dtype", "float32", "--optimizer", "adamw",
         "--steps", 2, "--pairs-per-step", 4, "--max-new-tokens", 6, "--run-dir", tmp_path / "run", script=T_REG,

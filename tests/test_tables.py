@@ -136,12 +136,13 @@ def test_of_several_answers_any_is_right(workers):
 # ---------------------------------------------------------------- held out
 
 
-def test_a_prompt_that_stands_twice_is_on_one_side(tmp_path):
+def test_a_prompt_that_stands_twice_is_on_one_side(tmp_path, capsys):
     loaded = task(tmp_path, [dict(prompt=f"p{i % 20}", answer=str(i % 20)) for i in range(60)])
     sides = [{e.prompt for e in part} for part in (loaded.train, loaded.test)]
     assert not sides[0] & sides[1] and len(sides[1]) == 4 and len(loaded.train) == 48 and len(loaded.test) == 12
     write(tmp_path / "test.jsonl", rows(3)), write(tmp_path / "train.jsonl", rows(9) + [dict(prompt=[user("p1")], answer="1")])
     loaded = tasks.load(str(tmp_path / "train.jsonl"))
+    assert capsys.readouterr().out == "note: 3 rows are not trained on: their prompts are held out as well\n"
     assert [e.prompt for e in loaded.train] == [*(f"p{i}" for i in range(3, 9)), [user("p1")]]
     assert [e.id for e in loaded.train + loaded.test] == list(range(10)) and len(loaded.test) == 3
     assert tables.split([("a", 1), ("b", 2)], [("b", 3)]) == ([("a", 1)], [("b", 3)])

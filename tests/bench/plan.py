@@ -17,18 +17,18 @@ NVLINK, NETWORK = 450e9, 50e9  # bytes/s of a GPU, one way: inside a node, and 4
 MFU, DECODE, LINK = 0.5, 0.6, 0.8
 # Work of a step: the preset's prompts and completions; a mean length, and the longest, which the rollout waits for.
 PROMPTS, GROUP, MINIBATCHES, PROMPT, MEAN, LONGEST = 128, 8, 4, 200, 600, 1024
-# name: parameters, width, layers, heads, key-value heads, vocabulary (Qwen2.5's config.json), GPUs, vLLM's GPUs per engine
+# name: parameters, widths, layers, heads, key-value heads, vocabulary (Qwen2.5's config.json), GPUs, vLLM's GPUs per engine
 MODELS = {
-    "7B": (7.6e9, 3584, 28, 28, 4, 152064, 8, 1),
-    "32B": (32.8e9, 5120, 64, 40, 8, 152064, 16, 4),
-    "72B": (72.7e9, 8192, 80, 64, 8, 152064, 32, 8),
+    "7B": (7.6e9, 3584, 18944, 28, 28, 4, 152064, 8, 1),
+    "32B": (32.8e9, 5120, 27648, 64, 40, 8, 152064, 16, 4),
+    "72B": (72.7e9, 8192, 29568, 80, 64, 8, 152064, 32, 8),
 }
 
 
-def step(N, H, L, heads, kv_heads, V, gpus, tp):
+def step(N, H, inner, L, heads, kv_heads, V, gpus, tp):
     """-> (plan of memory_plan, seconds by stage)."""
     config = SimpleNamespace(hidden_size=H, num_hidden_layers=L, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                             vocab_size=V, head_dim=128)  # fmt: skip
+                             vocab_size=V, head_dim=128, intermediate_size=inner)  # fmt: skip
     args = SimpleNamespace(
         micro_batch_tokens=8192, dtype="bfloat16", lora_rank=0, optimizer="adamw_sr", gradient_checkpointing=True,
         engine="vllm", vllm_memory=0.45, prompts_per_step=PROMPTS, group_size=GROUP,
