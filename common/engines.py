@@ -107,7 +107,7 @@ class HF:
 
     def sync(self):
         """The policy's weights into the copy, where there is one."""
-        own = dict(self.lm.named_parameters())
+        own = dict(self.lm.named_parameters()) | dict(self.lm.named_buffers())
         for name, weight in gpu.full_weights(self.policy) if self.lm is not self.policy.lm else ():
             if name in own:
                 own[name].data.copy_(weight)

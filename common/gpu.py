@@ -141,8 +141,13 @@ def whole(tensor):
 
 def full_weights(policy):
     """(name, whole tensor) of every weight of policy.lm under its Hugging Face name, LoRA merged, `lm_head.weight` also
-    where it is tied to the embeddings. A collective: every rank must run through it."""
+    where it is tied to the embeddings, and of what else its checkpoints hold (the bias that balances a router's experts). A
+    collective: every rank must run through it."""
     lm = policy.lm
+    kept = lm.state_dict().keys()
+    for name, buffer in lm.named_buffers():
+        if name in kept:
+            yield name, whole(buffer)
     for name, tensor in [(n, p) for n, p in lm.named_parameters() if ".lora_" not in n]:
         weight = whole(tensor.detach())
         if name.endswith(".base_layer.weight"):

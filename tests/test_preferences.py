@@ -335,3 +335,13 @@ def test_the_last_line():
     )
     run.after = None  # it was stopped
     assert judge.sentence(run) is None
+
+
+def test_a_model_beside_the_policy_that_cannot_be_trained_is_refused():
+    """A gradient that is not finite, as from a rate that is too large, would leave a model of NaN behind in silence."""
+    data = load("letters")
+    args = dpo.Args(data="letters", dtype="float32", optimizer="adamw", pairs_per_step=4, max_new_tokens=12,
+                    micro_batch_tokens=4096, gradient_checkpointing=False)  # fmt: skip
+    loss = lambda logp, mb: logp.sum(1).chunk(2)[0] * (float("nan") if mb.real.any() else 1.0)  # noqa: E731
+    with pytest.raises(UserError, match="the expert cannot be trained: no finite gradient at update 1; try a smaller rate"):
+        pairs.fit("expert", loss, data, args, SimpleNamespace(stop=None), 2, 1e-3)

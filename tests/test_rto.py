@@ -10,6 +10,7 @@ import torch
 
 from algos import dpo, ppo, rto
 from common import models, pairs, tasks
+from common.batch import collate
 from common.worlds import tiny
 from tests import test_gpu
 from tests.helpers import ROOT, checkpoints, die_at, lines, outcome, run, same, user_error
@@ -149,6 +150,24 @@ def test_what_a_run_logs(whole):
 
 def kill_at_the_second_checkpoint():
     die_at("os.rename", "step-000004")
+
+
+def test_the_dpo_term_is_of_the_models_as_they_were_trained(whole, tmp_path):
+    """At the sampling temperature log pi_dpo / pi_ref would be another model's: what is logged is the ratio at 1."""
+    argv = [*SMALL[2:], "--steps", 1, "--temperature", 0.5, "--dpo-model", whole / "dpo", *flags()]
+    done = run(tmp_path, *argv, "--run-dir", tmp_path / "run", script=RTO)
+    assert done.code == 0, done.err
+    args = rto.Args(task="letters", dtype="float32", lora_rank=0, gradient_checkpointing=False)
+    tokenizer, start = models.load_tokenizer(args), models.load(args, "cpu", trainable=False)
+    args.model = str(whole / "dpo")
+    trained = models.load(args, "cpu", trainable=False)
+    for row in [row for row in lines(tmp_path / "run" / "samples.jsonl") if len(row["tokens"]) > 2][:3]:
+        prompt, ids = tokenizer(row["prompt"])["input_ids"], tokenizer.convert_tokens_to_ids(row["tokens"])
+        b = collate([(prompt, ids)])
+        with torch.no_grad():
+            one, two = (model(b.ids, b.attention_mask, b.mask)[0][0] for model in (trained, start))
+        torch.testing.assert_close(torch.tensor(row["columns"]["dpo_ratio"]), one - two, rtol=0, atol=2e-4)
+        assert (one - two).abs().max() > 1e-3
 
 
 def test_a_resumed_run_does_not_train_the_dpo_model_again(whole, tmp_path):

@@ -125,3 +125,25 @@ def test_a_pad_token_outside_the_vocabulary(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its end-of-sequence token 8[0-9] is none of its 80 tokens"):
         models.load_tokenizer(args)
+
+
+def test_what_is_no_parameter_is_in_the_checkpoint(tmp_path):
+    """The bias of a mixture's router, which balances its experts: it is a buffer, and without it other experts are taken."""
+    more = dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=0, n_group=1,
+                topk_group=1, n_shared_experts=1)  # fmt: skip
+    args = folder(tmp_path / "first", "glm4_moe", **more)
+    policy = load(args)
+    biases = {n: b for n, b in policy.lm.named_buffers() if n.endswith("e_score_correction_bias")}
+    assert len(biases) == 2
+    with torch.no_grad():
+        before = log_probs(policy)[0]
+        for bias in biases.values():
+            bias.copy_(torch.randn(bias.shape, generator=torch.Generator().manual_seed(2)))
+        mine = log_probs(policy)[0]
+    assert (mine - before).abs().max() > 0.01
+    (tmp_path / "second").mkdir()
+    gpu.write_weights(policy.lm, {k: v.contiguous() for k, v in gpu.full_weights(policy)}, tmp_path / "second")
+    tiny.characters().save_pretrained(tmp_path / "second")
+    args.model = str(tmp_path / "second")
+    with torch.no_grad():
+        torch.testing.assert_close(log_probs(load(args))[0], mine)
