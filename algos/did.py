@@ -278,14 +278,14 @@ def measure(run, data, tokenizer, engine, policy, reference):
     can be listed, elsewhere from samples -> did.json. reference() -> the frozen start."""
     import json
 
-    from common import judge, pairs
+    from common import encoding, judge, pairs
 
     args, listed = run.args, data.responses is not None
     prompts = list({p.text: p for p in data.test}.values())[: args.did_prompts]
     if not prompts or not (listed or args.did_samples):
         return
     if listed:
-        every = pairs.response_ids(data.responses(), tokenizer, data.name, args.max_new_tokens)
+        every = encoding.response_ids(data.responses(), tokenizer, data.name, args.max_new_tokens)
         rows = [(p.prompt, ids) for p in prompts for ids in every]
     else:
         drawn, _ = judge.sample(engine, prompts, data, tokenizer, args, args.did_samples, 2)

@@ -16,8 +16,8 @@ VULGAR, RAISED = "[¼-¾⅐-⅞]", "[⁰-⁻¹²³]+"
 # The last number is read with the formula around it; the dollar sign of a price opens no formula.
 LAST = re.compile(
     r"\$\$([^$]{1,400})\$\$|(?<![\\\w$])\$([^\s$](?:[^$\n]{0,400}[^\s$])?)\$(?![\d$])"
-    rf"|(?<![\w.)])([-\u2212]?\$?(?:(?:{DIGITS})(?:[eE][+-]?\d+)?(?: ?(?:\\times|[*×x]) ?10(?=\^|{RAISED}))?"
-    rf"(?:\^(?:-?\d+|\{{-?\d+\}})|{RAISED})?(?: ?[:/] ?\d+)?{VULGAR}?(?:\s?\\?%)?|{VULGAR}))"
+    rf"|(?<![\w.)])(?!0\d*:)([-\u2212]?\$?(?:(?:{DIGITS})(?:[eE][+-]?\d+)?(?: ?(?:\\times|[*×x]) ?10(?=\^|{RAISED}))?"
+    rf"(?:\^(?:-?\d+|\{{-?\d+\}})|{RAISED})?(?:(?::| : )[1-9]\d*| ?/ ?\d+)?{VULGAR}?(?:\s?\\?%)?|{VULGAR}))"
 )
 NUMBER = re.compile(
     rf"(?a)([+-]?) ?(?:(?:(\d+) )?(\d+)/(0*[1-9]\d*)|((?:{DIGITS})(?:[eE][+-]?\d{{1,3}})?)"

@@ -59,10 +59,26 @@ def prompt_ids(prompts, tokenizer, where, system_prompt=None):
     return [row[:-1] if row[-1:] == [end] and not text.endswith(word) else row for row, text in zip(ids, texts)]
 
 
+def response_ids(texts, tokenizer, where, most):
+    """Token ids of responses, each with its one end (turn_end), cut to `most`; [] of an empty text."""
+    end = turn_end(tokenizer)
+    ids = tokenize(texts, tokenizer, where, add_special_tokens=False)
+    if ids and any(tokenizer.convert_ids_to_tokens(row[:1])[0].startswith("\u2581") for row in ids if row):
+        # SentencePiece puts a blank before a text, which none has behind a prompt; behind a line break it puts none.
+        line = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        behind = tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
+        ids = [b[len(line) :] if b[: len(line)] == line else row for b, row in zip(behind, ids)]
+    for row in ids:
+        while row and row[-1] in (end, tokenizer.eos_token_id):
+            row.pop()
+    return [(row + [end])[:most] if row else [] for row in ids]
+
+
 def fill(template, prompts):
     """The prompts inside a template, a Python format string. UserError where {prompt} is not its one field."""
     try:
-        if {name for _, name, _, _ in string.Formatter().parse(template)} - {None} != {"prompt"}:
+        fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
+        if not fields or any(field != ["prompt", "", None] for field in fields):
             raise ValueError(repr(template))
         return [template.format(prompt=prompt) for prompt in prompts]
     except (KeyError, IndexError, ValueError) as error:

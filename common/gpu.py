@@ -147,14 +147,22 @@ def full_weights(policy):
     kept = lm.state_dict().keys()
     for name, buffer in lm.named_buffers():
         if name in kept:
-            yield name, whole(buffer)
+            yield name.replace(".base_layer.", "."), whole(buffer)
     for name, tensor in [(n, p) for n, p in lm.named_parameters() if ".lora_" not in n]:
         weight = whole(tensor.detach())
         if name.endswith(".base_layer.weight"):
             module = lm.get_submodule(name.removesuffix(".base_layer.weight"))
             a, b = (whole(x["default"].weight.detach()) for x in (module.lora_A, module.lora_B))
             weight = weight + (module.scaling["default"] * (b.float() @ a.float())).to(weight.dtype)
-        yield name.replace(".base_layer.", "."), weight
+        elif ".base_layer." in name:  # experts in one parameter: peft wraps their module once for each
+            module = lm.get_submodule(name.partition(".base_layer.")[0])
+            while hasattr(module, "base_layer"):
+                if getattr(module, "parameter_name", None) == name.rpartition(".")[2]:
+                    weight = weight + module.get_delta_weight("default").to(weight.dtype)
+                module = module.base_layer
+        while ".base_layer." in name:
+            name = name.replace(".base_layer.", ".")
+        yield name, weight
     if lm.config.tie_word_embeddings:
         yield "lm_head.weight", whole(lm.get_input_embeddings().weight.detach())
 

@@ -68,9 +68,13 @@ def architecture(args, warm=None):
         config = tiny.config(name, warm or tasks.world(tasks.source(args)))
     else:
         config = _fetch(AutoConfig, name)
-    lm = None
-    with contextlib.suppress(ValueError), torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+    except ValueError:  # no language model
+        lm = None
+    except Exception as error:  # a field that its code cannot do with
+        raise UserError(f"model {args.model}: transformers cannot build what its config describes ({reason(error)})") from None
     if why := _unfit(lm, config):
         raise UserError(f"model {args.model}: the architecture {config.model_type} {why}; Qwen, Llama and their like will do")
     return config, sum(p.numel() for p in lm.parameters())
@@ -117,9 +121,9 @@ def load_tokenizer(args, warm=None):
     size = len(tokenizer)
     with contextlib.suppress(Exception):
         size = AutoConfig.from_pretrained(name).get_text_config().vocab_size
-    if tokenizer.eos_token_id >= size:
-        what = f"its end-of-sequence token {tokenizer.eos_token_id} is none of its {size:,} tokens"
-        raise UserError(f"model {args.model}: {what}")
+    for end in {tokenizer.eos_token_id, encoding.turn_end(tokenizer)}:
+        if end >= size:
+            raise UserError(f"model {args.model}: its end-of-sequence token {end} is none of its {size:,} tokens")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -129,23 +133,30 @@ def end_tokens(lm, tokenizer):
     """Token ids that end a completion: the tokenizer's, the chat template's, and those of the model's generation settings."""
     also = getattr(lm.generation_config, "eos_token_id", None)
     also = also if isinstance(also, list) else [also]
+    if not all(isinstance(end, int | None) for end in also):
+        raise UserError(f"generation_config.json: eos_token_id is {also[0]!r}, and must be a token's number")
     return sorted({tokenizer.eos_token_id, encoding.turn_end(tokenizer), *also} - {None})
 
 
 def load(args, device, trainable=True, warm=None):
     """The Policy of `args.model`, with LoRA layers where args.lora_rank > 0; or, not trainable, a frozen copy of the start,
     for which args needs no fields but model and dtype. `warm`: as in load_tokenizer."""
-    lm = _fetch(AutoModelForCausalLM, _folder(args, warm), dtype=getattr(torch, args.dtype))
+    lm, told = _fetch(AutoModelForCausalLM, _folder(args, warm), dtype=getattr(torch, args.dtype), output_loading_info=True)
+    if missing := sorted(told["missing_keys"]):  # transformers would make them up
+        raise UserError(f"model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
     lm.config.use_cache = True
     for module in lm.modules():  # no ratio would be 1 on policy
-        for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or n == "p")]:
+        for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or "jitter" in n or n == "p")]:
             setattr(module, name, 0.0)
     try:
         lm.generation_config.validate(strict=True)
     except ValueError:  # transformers would not save it with a checkpoint
         ends = lm.generation_config.eos_token_id
         lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=lm.config.pad_token_id)
-    lm.requires_grad_(trainable and not args.lora_rank)
+    with torch.device("meta"):  # loading forgets what a model freezes: a bias that balances its experts
+        frozen = {n for n, p in AutoModelForCausalLM.from_config(lm.config).named_parameters() if not p.requires_grad}
+    for name, weight in lm.named_parameters():
+        weight.requires_grad_(trainable and not args.lora_rank and name not in frozen)
     if trainable and args.lora_rank:
         import peft
 
@@ -156,13 +167,17 @@ def load(args, device, trainable=True, warm=None):
             if not known.issuperset(names):
                 raise UserError(f"--lora-targets {args.lora_targets}: the model's layers are {', '.join(sorted(known))}")
         lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names), lm)
+        if gpu.world() > 1 and any(hasattr(m, "parameter_name") for m in lm.modules()):
+            raise UserError(f"model {args.model}: LoRA on experts that are one parameter works on one process only")
     if trainable and args.gradient_checkpointing:
+        if not lm.supports_gradient_checkpointing:
+            raise UserError(f"model {args.model}: it has no gradient checkpointing (--gradient-checkpointing False)")
         lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     lm.train(trainable)
     policy = Policy(lm if gpu.world() > 1 else lm.to(device))  # sharding moves a layer at a time
     packs, why = gpu.gather_objects(_probe(policy) if gpu.rank() == 0 else None)[0]
     if why:
-        raise UserError(f"model {args.model}: {why}, so that Policy would train on other log-probs than its own")
+        raise UserError(f"model {args.model}: {why}")
     if not packs:
         policy.pad()
     return policy
@@ -170,8 +185,16 @@ def load(args, device, trainable=True, warm=None):
 
 @torch.no_grad()
 def _probe(policy):
-    """Three short rows, two of them with one prompt, by Policy and one by one by transformers -> (whether the model may be
-    packed, why it cannot be trained or None)."""
+    """-> (whether the model may be packed, why it cannot be trained or None)."""
+    try:
+        packs, why = _compared(policy)
+    except Exception as error:  # of code that nobody here has seen
+        return False, f"it cannot be run as Policy runs it ({reason(error)})"
+    return packs, f"{why}, so that Policy would train on other log-probs than its own" if why else None
+
+
+def _compared(policy):
+    """Three short rows, two of them with one prompt, by Policy and one by one by transformers -> as _probe()."""
     training, lm = policy.lm.training, policy.lm.eval()
     draw, parts = torch.Generator().manual_seed(0), ((5, 6), (2, 4), (5, 1))  # tokens of prompt and completion
     size, device = lm.lm_head.weight.shape[0], lm.lm_head.weight.device
@@ -209,7 +232,17 @@ def _probe(policy):
     if not why and not (gap := off()) < limit:
         why = f"its log-probs in a batch are {gap:.2g} nat off those of single rows"
     lm.train(training)
+    if not why and training and not (gap := off()) < limit:
+        why = f"its log-probs in training are {gap:.2g} nat off"
     return policy.packs, why
+
+
+def check_tokens(rows, config):
+    """UserError where a row, (token ids, its name), has a token that the model has not."""
+    size = config.get_text_config().vocab_size
+    for ids, name in rows:
+        if ids and max(ids) >= size:
+            raise UserError(f"{name}: the tokenizer's token {max(ids)} is none of the model's {size:,}")
 
 
 def check_context(config, task, args):
@@ -218,6 +251,7 @@ def check_context(config, task, args):
     if not shortest.ids:
         which = f"the prompt {shortest.prompt[:40]!r} of task {task.name}"
         raise UserError(f"model {args.model}: its tokenizer makes no tokens of {which}")
+    check_tokens([(e.ids, f"the prompt {e.prompt!r:.60} of task {task.name}") for e in task.train + task.test], config)
     context = len(longest.ids) + args.max_new_tokens
     if context > config.max_position_embeddings:
         which = f"the longest prompt ({len(longest.ids)} tokens, {longest.prompt[:40]!r})"

@@ -52,18 +52,31 @@ def _row(row, where):
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(s, str) for s in sides):
         if isinstance(prompt, str) and prompt.strip() or tables.conversation(prompt):
-            return prompt, *sides, where
+            return _asked(prompt, where), *sides, where
         raise UserError(f"{where}: chosen and rejected are plain text, so prompt must be text or messages, is {prompt!r:.60}")
     if not all(tables.conversation(s) and s[-1]["role"] == "assistant" for s in sides):
         raise UserError(f"{where}: chosen and rejected must both be text, or both messages that end with the assistant's")
     if sides[0][:-1] != sides[1][:-1]:
         raise UserError(f"{where}: chosen and rejected differ before their last message")
-    inside = sides[0][:-1]  # the conversation so far may stand in prompt, in both responses, or in part in each
-    if tables.conversation(prompt) and prompt != inside[: len(prompt)]:
-        inside = prompt + inside
-    if not inside and not (isinstance(prompt, str) and prompt.strip()):
+    if prompt and not isinstance(prompt, str) and not tables.conversation(prompt):
+        raise UserError(f"{where}: prompt must be text or messages, is {prompt!r:.60}")
+    # The conversation so far may stand in prompt, in both responses, in both, or begin in prompt and go on inside.
+    before = [dict(role="user", content=prompt)] if isinstance(prompt, str) and prompt.strip() else prompt or []
+    before, inside = ([dict(role=m["role"], content=m["content"]) for m in part] for part in (before, sides[0][:-1]))
+    if before and inside and before[-1]["content"].strip() != inside[-1]["content"].strip():
+        if before[-1]["role"] == "user":
+            raise UserError(f"{where}: prompt is not what chosen and rejected answer")
+        inside = before + inside
+    if not before and not inside:
         raise UserError(f"{where}: has no prompt, neither as a field nor inside chosen and rejected")
-    return inside or prompt, *(s[-1]["content"] for s in sides), where
+    return _asked(max(inside, before, key=len), where), *(s[-1]["content"] for s in sides), where
+
+
+def _asked(prompt, where):
+    """A prompt, refused where there is nothing to be answered at its end."""
+    if not isinstance(prompt, str) and (prompt[-1]["role"] == "assistant" or not prompt[-1]["content"].strip()):
+        raise UserError(f"{where}: the prompt must end with a turn that is not the assistant's, and has text")
+    return prompt
 
 
 def _hub(name):
@@ -102,11 +115,13 @@ def load(args, config, tokenizer):
     left_out, parts = 0, []
     for rows in tables.split(train, test):
         pairs, where = [], [row[3] for row in rows]
-        read = [response_ids([row[i] for row in rows], tokenizer, where, args.max_new_tokens) for i in (1, 2)]
+        read = [encoding.response_ids([row[i] for row in rows], tokenizer, where, args.max_new_tokens) for i in (1, 2)]
         prompts = encoding.prompt_ids([row[0] for row in rows], tokenizer, where)
+        for some in (prompts, *read):
+            models.check_tokens(zip(some, where), config)
         for (prompt, *sides, _), ids, chosen, rejected in zip(rows, prompts, *read):
             too_long = len(ids) + max(len(chosen), len(rejected)) > config.max_position_embeddings
-            if not chosen or not rejected or chosen == rejected or too_long:
+            if not all(side.strip() for side in sides) or not chosen or not rejected or chosen == rejected or too_long:
                 left_out += 1
                 continue
             text = prompt if isinstance(prompt, str) else "\n\n".join(m["content"] for m in prompt)
@@ -119,21 +134,6 @@ def load(args, config, tokenizer):
     if not all(parts):
         raise UserError(f"--data {name}: {len(parts[0])} pairs to train on, {len(parts[1])} held out; needs some of each")
     return Data(name, *parts, world and world.reward, world and world.responses)
-
-
-def response_ids(texts, tokenizer, where, most):
-    """Token ids of responses, each with its one end (encoding.turn_end), cut to `most`; [] of an empty text."""
-    end = encoding.turn_end(tokenizer)
-    ids = encoding.tokenize(texts, tokenizer, where, add_special_tokens=False)
-    if ids and any(tokenizer.convert_ids_to_tokens(row[:1])[0].startswith("\u2581") for row in ids if row):
-        # SentencePiece puts a blank before a text, which none has behind a prompt; behind a line break it puts none.
-        line = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        behind = tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
-        ids = [b[len(line) :] if b[: len(line)] == line else row for b, row in zip(behind, ids)]
-    for row in ids:
-        while row and row[-1] in (end, tokenizer.eos_token_id):
-            row.pop()
-    return [(row + [end])[:most] if row else [] for row in ids]
 
 
 def context(data, args):

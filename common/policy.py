@@ -108,13 +108,14 @@ class Policy(nn.Module):
         kinds = getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ["full_attention"])
         self.packs = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "packed")
         self.packs = self.packs and lm._supports_attention_backend  # else packing would not reach the attention
+        self.plain = config._attn_implementation
         if self.packs:
             lm.set_attn_implementation("packed")
 
     def pad(self):
         """No packing from now on: padded batches, as transformers has them."""
         self.packs = False
-        self.lm.set_attn_implementation("sdpa")
+        self.lm.set_attn_implementation(self.plain)
 
     def _pass(self, ids, attention_mask, T, thoughts):
         """One pass through the layers -> (last hidden states [N, H], number [b, S]: which of these rows is a position's)."""

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from common import ROOT, UserError, checkpoint, gpu, memory, models, reason, samples, tasks
+from common import ROOT, UserError, checkpoint, gpu, memory, models, reason, samples, settings, tasks
 from common.worlds import tiny
 
 IDLE = 5  # rollouts in a row without a group that teaches anything: time to say so
@@ -84,6 +85,8 @@ class Run:
         commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.dir / ".lock")  # until this process ends, however it ends
+            self.lock.acquire(timeout=0)
             metrics = self.dir / "metrics.jsonl"
             if not self.args.resume and metrics.exists() and metrics.stat().st_size:
                 raise UserError(f"--run-dir {self.dir} already holds a run; continue it with --resume {self.dir}")
@@ -94,6 +97,8 @@ class Run:
             )  # fmt: skip
             name = f"config-resumed-{start}.json" if self.found else "config.json"
             (self.dir / name).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        except Timeout:
+            raise UserError(f"another process is running in the folder {self.dir}") from None
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.dir}: {error.strerror or error}") from None
 
@@ -131,7 +136,7 @@ class Run:
 
     def _ask_to_stop(self, number, frame):
         if self.stop:  # the second time means now
-            raise KeyboardInterrupt
+            settings.stop_now(number, frame)
         self.stop = number
         if self.main:
             print("\nstopping after this step (once more to stop at once)", file=sys.stderr, flush=True)

@@ -80,7 +80,7 @@ def parse(cls, doc):
 def prepare(script, args, warm=None):
     """-> (args with every field filled in, the model's config or None, the device). Joins the process group, prints what
     will run. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
-    sys.excepthook = _without_a_traceback
+    signal.signal(signal.SIGINT, stop_now)
     if args.resume:
         args = inherit(Path(script).stem, args)
     gpu.choose(vars(args).get("device", "auto"))
@@ -94,14 +94,11 @@ def prepare(script, args, warm=None):
     return args, config, device
 
 
-def _without_a_traceback(kind, error, trace):
-    """Ctrl-C before a run has begun, or the second one during it."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends as a shell expects it
-        os.kill(os.getpid(), signal.SIGINT)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def stop_now(number, frame):
+    """At Ctrl-C before a run has begun, or the second one during it: ends this process as a shell expects it."""
+    print("stopped", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def resolve(args, warm=None):

@@ -11,6 +11,7 @@ import huggingface_hub
 from common import UserError, gpu, reason
 
 HELD_OUT = 512
+FIELDS = ("prompt", "answer"), ("question", "answer"), ("problem", "answer"), ("problem", "solution")
 
 
 def conversation(value):
@@ -24,7 +25,7 @@ def prompt_and_answer(row, where):
     """An object with the fields prompt and answer, or their like -> (prompt, answer, where). UserError, with its place."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: needs an object with prompt and answer")
-    for name, reply in (("prompt", "answer"), ("question", "answer"), ("problem", "solution")):
+    for name, reply in FIELDS:
         prompt, answer = row.get(name), row.get(reply)
         if prompt is None or answer is None:
             continue

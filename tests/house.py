@@ -122,10 +122,10 @@ def two_users(sources):
 
 
 def line_caps(sources):
-    """The core of common/ under 2,800 lines, a file at most 260, a world (what makes a task) at most 115."""
+    """The core of common/ under 2,850 lines, a file at most 260, a world (what makes a task) at most 115."""
     lines = {p: len(t.splitlines()) for p, t in sources.items() if stem(p)}
     total = sum(lines[p] for p in core(sources))
-    complaints = [] if total < 2800 else [f"the core of common/ has {total} lines; it is to stay under 2,800"]
+    complaints = [] if total < 2850 else [f"the core of common/ has {total} lines; it is to stay under 2,850"]
     for path, n in lines.items():
         most = 115 if makes_task(path, sources[path]) else 260
         if n > most:

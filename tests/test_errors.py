@@ -126,6 +126,7 @@ CASES = {
     "template without the field": (["--prompt-template", "Add!"], "--prompt-template needs the field {{prompt}}"),
     "template with another field": (["--prompt-template", "{{prompt}} {{x}}"], "--prompt-template needs the field {{prompt}}"),
     "template that is none": (["--prompt-template", "{{prompt}} {{"], "--prompt-template needs the field {{prompt}}"),
+    "template with a width": (["--prompt-template", "{{prompt:9999999}}"], "--prompt-template needs the field {{prompt}}"),
     "template with an attribute": (["--prompt-template", "{{prompt.x}}"], "--prompt-template needs the field {{prompt}}"),
     "template with doubled braces": (
         ["--steps", "0", "--prompt-template", "{{{{prompt}}}}"],

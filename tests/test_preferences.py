@@ -337,6 +337,50 @@ def test_the_last_line():
     assert judge.sentence(run) is None
 
 
+def system(text):
+    return dict(role="system", content=text)
+
+
+@pytest.mark.parametrize("prompt, inside, asked", [
+    ([user("a")], [system("s"), user("a")], [system("s"), user("a")]),  # not twice
+    ([system("s"), user("a")], [user("a")], [system("s"), user("a")]),
+    ([user("a ")], [user("a")], [user("a")]), ([user("a") | dict(name=None)], [user("a")], [user("a")]),
+    ([system("s")], [user("a")], [system("s"), user("a")]),  # begins in prompt, goes on inside
+    ([user("a"), assistant("b")], [user("c")], [user("a"), assistant("b"), user("c")]),
+    ("a", [system("s"), user("a")], [system("s"), user("a")]),
+])  # fmt: skip
+def test_a_conversation_is_read_once(prompt, inside, asked):
+    row = dict(prompt=prompt, chosen=[*inside, assistant("y")], rejected=[*inside, assistant("n")])
+    assert pairs._row(row, "here") == (asked, "y", "n", "here")
+
+
+@pytest.mark.parametrize("row, why", [
+    (dict(prompt="b", chosen=[user("a"), assistant("y")], rejected=[user("a"), assistant("n")]), "not what chosen"),
+    (dict(prompt=[user("b")], chosen=[user("a"), assistant("y")], rejected=[user("a"), assistant("n")]), "not what chosen"),
+    (dict(prompt=[dict(role="system", content=[dict(type="text", text="s")])], chosen=[user("a"), assistant("y")],
+          rejected=[user("a"), assistant("n")]), "prompt must be text or messages"),
+    (dict(prompt=[user("a"), assistant("b")], chosen="y", rejected="n"), "not the assistant's"),
+    (dict(prompt=[user(" ")], chosen="y", rejected="n"), "and has text"),
+    (dict(chosen=[user("a"), assistant("b"), assistant("y")], rejected=[user("a"), assistant("b"), assistant("n")]),
+     "not the assistant's"),
+])  # fmt: skip
+def test_a_prompt_that_is_none_is_refused(row, why):
+    with pytest.raises(UserError, match=f"here: .*{why}"):
+        pairs._row(row, "here")
+
+
+def test_blank_responses_and_tokens_that_the_model_has_not(tmp_path, capsys):
+    rows = [dict(prompt=f"p{i}", chosen="yes", rejected=" " if i == 3 else "no") for i in range(10)]
+    data = load(write(tmp_path / "pairs.jsonl", rows))
+    assert len(data.train) + len(data.test) == 9 and "1 pairs left out" in capsys.readouterr().out
+    tokenizer = tiny.characters()
+    tokenizer.add_tokens(["<new>"])
+    write(tmp_path / "pairs.jsonl", rows[:3] + [dict(prompt="p3", chosen="<new>", rejected="n")] + rows[4:])
+    args = dpo.Args(data=str(tmp_path / "pairs.jsonl"), max_new_tokens=12)
+    with pytest.raises(UserError, match=r"pairs.jsonl:4: the tokenizer's token 78 is none of the model's 78"):
+        pairs.load(args, CONFIG, tokenizer)
+
+
 def test_a_model_beside_the_policy_that_cannot_be_trained_is_refused():
     """A gradient that is not finite, as from a rate that is too large, would leave a model of NaN behind in silence."""
     data = load("letters")

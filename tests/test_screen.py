@@ -230,3 +230,17 @@ def test_what_is_given_counts_towards_the_longest(budget, most):
     b = rollout.collect(Engine(), scorer, worlds.characters(), examples, a, 1, given, budget=budget)
     assert told == [([[4], [4, 5, 6, 7], [4, 8]], most)]
     assert b.trained.sum(1).tolist() == [1] * 6 and b.mask.sum(1).tolist() == [1, 1, 4, 4, 2, 2]
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path):
+    from tests.helpers import logged, start
+
+    argv = "--prompts-per-step 4 --group-size 4 --minibatches 2 --eval-prompts 8".split()
+    first = start(tmp_path, "--model", tiny, *argv, "--steps", 200, "--run-dir", tmp_path / "run")
+    assert first.until(lambda: logged(tmp_path / "run") >= 1)
+    second = run(tmp_path, "--model", tiny, *argv, "--steps", 1, "--resume", tmp_path / "run")
+    assert second.code == 2 and "another process is running in the folder" in second.err
+    os.kill(first.pid, signal.SIGKILL)
+    first.process.join()
+    third = run(tmp_path, "--resume", tmp_path / "run", "--steps", 1)
+    assert third.code == 0, third.err  # a lock does not outlive its process

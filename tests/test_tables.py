@@ -167,10 +167,10 @@ def test_a_response_follows_its_prompt_without_a_blank():
     tokenizer = sentencepiece()
     assert tokenizer.convert_ids_to_tokens(tokenizer("cd")["input_ids"])[0] == chr(0x2581)
     for text in ("cd", " cd", "a b", "\ncd", "."):
-        (ids,) = pairs.response_ids([text], tokenizer, "here", 20)
+        (ids,) = encoding.response_ids([text], tokenizer, "here", 20)
         prompt = encoding.prompt_ids(["ab"], tokenizer, "here")[0]
         assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(prompt + ids[:-1]) == "ab" + text
-    assert pairs.response_ids(["", "e"], tokenizer, "here", 20)[0] == []
+    assert encoding.response_ids(["", "e"], tokenizer, "here", 20)[0] == []
 
 
 @pytest.mark.parametrize("text", ["ab", "ab cd"])
@@ -186,9 +186,9 @@ def test_a_response_ends_once_and_as_the_chat_template_ends_it():
     later = tokenizer.convert_tokens_to_ids("<later>")
     assert encoding.turn_end(tokenizer) == later != tokenizer.eos_token_id
     for text in ("ab", "ab<later>", "ab<eos>", "ab<later><eos>"):
-        assert pairs.response_ids([text], tokenizer, "here", 20) == [tokenizer("ab")["input_ids"] + [later]]
+        assert encoding.response_ids([text], tokenizer, "here", 20) == [tokenizer("ab")["input_ids"] + [later]]
     long, short = tokenizer(["abc", "a"])["input_ids"]
-    assert pairs.response_ids(["abc", "a"], tokenizer, "here", 3) == [long, [*short, later]]
+    assert encoding.response_ids(["abc", "a"], tokenizer, "here", 3) == [long, [*short, later]]
     for template in (None, "{{ messages[0]['content'] }}", "{{ raise_exception('no') }}"):
         tokenizer.chat_template = template
         assert encoding.turn_end(tokenizer) == tokenizer.eos_token_id
@@ -231,3 +231,24 @@ def test_an_entry_s_own_answer_is_right(name, monkeypatch):
 def test_what_reasoning_gym_cannot_make_is_refused():
     with pytest.raises(UserError, match="task reasoning_gym:composite cannot be made without settings of its own"):
         tasks.load("reasoning_gym:composite")
+
+
+def test_a_token_that_the_model_has_not(tmp_path):
+    """Added to the tokenizer and not to the model: an embedding beyond the last one."""
+    from common import models
+
+    tokenizer = tiny.characters()
+    tokenizer.add_tokens(["<new>"])
+    loaded = task(tmp_path, [*rows(9), dict(prompt="say <new>", answer="1")], tokenizer, prompt_template="{prompt}")
+    args = SimpleNamespace(max_new_tokens=8)
+    with pytest.raises(UserError, match="the prompt 'say <new>' of task .*: the tokenizer's token 78 is none of the model's 78"):
+        models.check_context(CONFIG, loaded, args)
+    assert models.check_context(CONFIG, task(tmp_path, rows(9), tokenizer, prompt_template="{prompt}"), args) == 10
+
+
+def test_the_answer_of_a_problem_is_its_answer(tmp_path):
+    """Rows with a whole solution as well: what is asked for is the answer, where there is one."""
+    found = task(tmp_path, [dict(problem=f"p{i}", solution="think", answer=str(i)) for i in range(8)])
+    assert {e.answer for e in found.train + found.test} == {str(i) for i in range(8)}
+    found = task(tmp_path, [dict(problem=f"p{i}", solution=f"so \\boxed{{{i}}}") for i in range(8)])
+    assert all(e.answer.startswith("so ") for e in found.train)

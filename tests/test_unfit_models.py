@@ -147,3 +147,90 @@ def test_what_is_no_parameter_is_in_the_checkpoint(tmp_path):
     args.model = str(tmp_path / "second")
     with torch.no_grad():
         torch.testing.assert_close(log_probs(load(args))[0], mine)
+
+
+# ---------------------------------------------------------------- what would be made up, lost or noisy
+
+
+def test_weights_that_are_in_no_file_are_refused(tmp_path):
+    """transformers would draw them at random, and say so in a warning: a head that is missing, names of another class."""
+    from safetensors.torch import load_file, save_file
+
+    args = folder(tmp_path, "qwen2", tie_word_embeddings=False)
+    weights = load_file(tmp_path / "model.safetensors")
+    for gone in ("lm_head.weight", "layers.1.self_attn.q_proj.weight", ""):
+        kept = {k if gone else f"foo.{k}": v for k, v in weights.items() if not gone or gone not in k}
+        save_file(kept, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+        with pytest.raises(UserError, match=f"of its weights are in no file, the first of them .*{gone}"):
+            load(args)
+    save_file(weights, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+    load(args)
+
+
+@pytest.mark.parametrize("kind, more", [
+    ("qwen3_moe", dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
+    ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+])  # fmt: skip
+def test_lora_on_experts_is_merged_into_the_checkpoint(tmp_path, kind, more):
+    """Experts are one parameter, which peft wraps in its own way: without a merge a checkpoint would have no experts."""
+    args = folder(tmp_path / "first", kind, **more)
+    args.lora_rank, args.lora_alpha, args.lora_targets = 4, None, "all-linear"
+    policy = load(args)
+    with torch.no_grad():
+        before = log_probs(policy)[0]
+        for name, weight in policy.lm.named_parameters():
+            if ".lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+        mine = log_probs(policy)[0]
+        full = {k: v.contiguous() for k, v in gpu.full_weights(policy)}
+    assert (mine - before).abs().max() > 0.1 and any("experts" in name for name in full)
+    (tmp_path / "second").mkdir()
+    gpu.write_weights(policy.lm, full, tmp_path / "second")
+    tiny.characters().save_pretrained(tmp_path / "second")
+    args.model, args.lora_rank = str(tmp_path / "second"), 0
+    with torch.no_grad():
+        torch.testing.assert_close(log_probs(load(args))[0], mine, rtol=0, atol=1e-3)
+
+
+def test_no_noise_of_routers_in_training(tmp_path):
+    args = folder(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.3)
+    policy = load(args)
+    with torch.no_grad():
+        assert policy.lm.training and torch.equal(*(log_probs(policy)[0] for _ in range(2)))
+
+
+def test_what_a_model_freezes_stays_frozen(tmp_path):
+    """Its bias that balances experts is not trained by a gradient, and clip_gradients would miss one."""
+    args = folder(tmp_path, "ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32, moe_layer_start_index=0)
+    frozen = [n for n, p in load(args).lm.named_parameters() if not p.requires_grad]
+    assert frozen and all("bias" in n for n in frozen)
+
+
+@pytest.mark.parametrize("changes, why", [
+    (dict(hidden_act="nope"), "cannot build what its config describes"),
+    (dict(pad_token_id=500), "cannot build what its config describes"),
+])  # fmt: skip
+def test_a_config_that_describes_nothing(tmp_path, changes, why):
+    folder(tmp_path, "qwen2")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(UserError, match=why):
+        models.architecture(SimpleNamespace(model=str(tmp_path)))
+
+
+def test_ends_that_are_no_numbers(tmp_path):
+    args = folder(tmp_path, "qwen2")
+    policy = load(args)
+    policy.lm.generation_config.eos_token_id = "x"
+    with pytest.raises(UserError, match="eos_token_id is 'x'"):
+        models.end_tokens(policy.lm, models.load_tokenizer(args))
+
+
+def test_a_model_with_its_own_attention_is_run_or_refused(tmp_path):
+    """gpt_oss has no attention of torch's: whatever is decided, no traceback."""
+    args = folder(tmp_path, "gpt_oss", num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 2)
+    try:
+        mine, own = log_probs(load(args))
+        torch.testing.assert_close(mine, own, rtol=0, atol=2e-4)
+    except UserError as error:
+        assert "gpt_oss" in str(error) or "so that Policy" in str(error) or "cannot be run" in str(error)
