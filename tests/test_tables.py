@@ -241,7 +241,7 @@ def test_a_token_that_the_model_has_not(tmp_path):
     tokenizer.add_tokens(["<new>"])
     loaded = task(tmp_path, [*rows(9), dict(prompt="say <new>", answer="1")], tokenizer, prompt_template="{prompt}")
     args = SimpleNamespace(max_new_tokens=8)
-    with pytest.raises(UserError, match="the prompt 'say <new>' of task .*: the tokenizer's token 78 is none of the model's 78"):
+    with pytest.raises(UserError, match="'say <new>' of task .*: the tokenizer's token 78 is none of the model's 78"):
         models.check_context(CONFIG, loaded, args)
     assert models.check_context(CONFIG, task(tmp_path, rows(9), tokenizer, prompt_template="{prompt}"), args) == 10
 
