@@ -15,6 +15,7 @@ ORDINARY = {
     "did": "the past tense of do",
     "score": "what a checker gives",
     "decode": "what a tokenizer does",
+    "rng": "a source of random numbers",
 }
 CALLED_BY_TORCH = ("forward", "backward")
 # What a module is there for: one user is enough.

@@ -28,12 +28,19 @@ def batch(B=6, T=5, seed=0, spread=0.3):
     logp = (old_logp + spread * torch.randn(B, T, generator=g)).clamp(max=-1e-3)
     mask = torch.arange(T) < torch.tensor([max(1, T - i % T) for i in range(B)])[:, None]
     adv = torch.randn(B, 1, generator=g).expand(B, T)
-    return dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=torch.rand(B, T, generator=g) * 2)
+    entropy, score = (torch.rand(B, T, generator=g) * 2 for _ in range(2))
+    return dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=entropy, score=score)
 
 
 def surrogate(script, b, args):
     values = b | {"args": args}
     return script.surrogate(**{k: values[k] for k in inspect.signature(script.surrogate).parameters})
+
+
+def token_weights(script, b, args):
+    """With the columns that a script's weights are made of."""
+    more = list(inspect.signature(script.token_weights).parameters)[2:]
+    return script.token_weights(b["mask"], args, *(b[name] for name in more))
 
 
 def loss_and_gradient(script, b, args=None):
@@ -42,7 +49,7 @@ def loss_and_gradient(script, b, args=None):
     logp = b["logp"].clone().requires_grad_()
     objective, stats = surrogate(script, b | {"logp": logp}, args)
     assert objective.shape == logp.shape and all(s.shape == logp.shape for s in stats.values())
-    loss = -(objective * script.token_weights(b["mask"], args))[b["mask"]].sum()
+    loss = -(objective * token_weights(script, b, args))[b["mask"]].sum()
     loss.backward()
     return loss.detach(), logp.grad
 
@@ -71,6 +78,8 @@ ways = [pytest.param(load(name), own, id="-".join([name, *map(str, own.values())
 each_way = pytest.mark.parametrize("script, own", ways)
 # Advantages of rewards in groups; those that need values or the mask are tested in their own files.
 GROUPED = [n for n in SCRIPTS if not {"values", "mask"} & set(inspect.signature(load(n).advantages).parameters)]
+# Whose advantages do not add up to 0 in a group, and why.
+ONE_SIDED = {"algos.rng": "learns from the worse half alone"}
 each_grouped = pytest.mark.parametrize("script", [load(n) for n in GROUPED], ids=GROUPED)
 
 
@@ -80,7 +89,7 @@ def test_garbage_in_masked_positions_changes_nothing(script, own):
     loss, grad = loss_and_gradient(script, b, args)
     for garbage in (1e4, -1e4, float("inf"), float("nan")):
         other = dict(b)
-        for k in ("logp", "old_logp", "entropy"):
+        for k in ("logp", "old_logp", "entropy", "score"):
             other[k] = torch.where(b["mask"], b[k], torch.tensor(garbage))
         loss2, grad2 = loss_and_gradient(script, other, args)
         assert torch.equal(loss, loss2), garbage
@@ -106,7 +115,7 @@ def test_micro_batches_add_up(script):
     """The weights of the whole minibatch, the surrogate of the parts: the gradient of the whole."""
     b, args = batch(), arguments(script)
     loss, grad = loss_and_gradient(script, b, args)
-    weights = script.token_weights(b["mask"], args)
+    weights = token_weights(script, b, args)
     total, parts = 0.0, torch.zeros_like(grad)
     for rows in ([0, 3], [1], [5, 2, 4]):
         t = int(b["mask"][rows].sum(1).max())
@@ -137,7 +146,7 @@ def test_a_batch_of_empty_completions_is_zero(script):
     b = batch(B=3)
     b["mask"] = torch.zeros_like(b["mask"])
     loss, grad = loss_and_gradient(script, b)
-    assert loss == 0 and not grad.any() and not script.token_weights(b["mask"], arguments(script)).any()
+    assert loss == 0 and not grad.any() and not token_weights(script, b, arguments(script)).any()
 
 
 @each
@@ -177,7 +186,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient(script):
     b = batch()
     b["logp"] = b["old_logp"].clone()
     _, grad = loss_and_gradient(script, b)
-    weights = script.token_weights(b["mask"], arguments(script))
+    weights = token_weights(script, b, arguments(script))
     if is_a_product(script):
         weights = b["mask"] * weights.sum(1, keepdim=True)
     torch.testing.assert_close(grad, -weights * b["adv"] * b["mask"], rtol=1e-5, atol=1e-7)
@@ -226,7 +235,8 @@ def test_advantages_do_not_mix_prompts(script):
     together = advantages(script, rewards)
     alone = torch.cat([advantages(script, row[None]) for row in rewards])
     torch.testing.assert_close(together, alone)
-    torch.testing.assert_close(together.mean(1), torch.zeros(3), atol=1e-6, rtol=0)
+    if script.__name__ not in ONE_SIDED:
+        torch.testing.assert_close(together.mean(1), torch.zeros(3), atol=1e-6, rtol=0)
 
 
 @each

@@ -371,7 +371,7 @@ def small_files():
 @pytest.mark.parametrize(
     "argv, complaint",
     [
-        (("--model", "tiny-deep"), "the checkpoint is of another model (qwen2 2 x 96, vocabulary 78)"),
+        (("--model", "tiny-small"), "the checkpoint is of another model (qwen2 2 x 96, vocabulary 78)"),
         (("--group-size", "8"), "--group-size is 4 there, not 8"),
         (("--epochs", "2"), "--epochs is 1 there, not 2"),
         (("--beta", "0.0", "--minibatches", "8"), "--minibatches is 2 there, not 8"),
