@@ -1,0 +1,302 @@
+"""Forking tokens: "Beyond the 80/20 Rule: High-Entropy Minority Tokens Drive Effective Reinforcement Learning for LLM
+Reasoning". Wang et al., Qwen team and Tsinghua, arXiv 2506.01939 (2025).
+
+Idea: learn from the fifth of the tokens at which the policy was least sure, and from no other. Most tokens of a chain of
+thought finish what a few have begun; at those few, the forks, a direction is chosen, and it is there that a reward has
+something to say. The rest of DAPO stays as it is.
+
+Objective, to be maximised (DAPO's, restricted to forks; equation numbers not at hand):
+    J = 1/Z sum_i sum_t 1[H_it >= tau] min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   A as in dapo.py
+    H = entropy of pi_old at the token, at the sampling temperature;   tau: a share rho of the minibatch's tokens has more
+    Z = sum_i |y_i|, all tokens (the paper); with --entropy-norm selected those that are left (the authors' code), 1/rho larger
+The authors take H from the pass that is differentiated, within a micro-batch; here it is the pass before the update, over the
+minibatch of all processes, so that no cut of it changes anything. --select low keeps the 1 - rho of least entropy instead, and
+random any rho, which are the paper's controls.
+
+Family: tokens
+Differs from dapo.py in: fork_score, forks, token_weights, train
+Measures: measure
+Costs: nothing extra: the scoring pass has the entropies.
+Run:   python algos/forking_tokens.py                           tiny model, CPU, a minute or two
+       python algos/forking_tokens.py --model qwen2.5-1.5b      GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/forking_tokens.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """message of the system, for models with a chat template"""
+    seed: int = 1
+    """seed of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """prompts in a rollout, of all processes together (P)"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    stale: int = 0
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
+    lr: float | None = None
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    eval_samples: int = 0
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """temperature of these samples"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
+
+    # Forking tokens
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other", rho="0 < x <= 1")
+    eps_low: float = 0.2
+    """the clip interval's reach below 1 (Section 4.1)"""
+    eps_high: float = 0.28
+    """its reach above 1 (Section 4.1)"""
+    overlong_share: float = 0.25
+    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (the paper: 4,096 of 20,480)"""
+    overlong_weight: float = 0.5
+    """the length penalty at L_max, for rewards of 0 and 1 (the paper: 1, for rewards of -1 and 1); 0: no penalty"""
+    max_gen_batches: int = 10
+    """at most so many times P groups are sampled for an update (the authors' script); 0: no filter, P groups as they come"""
+    rho: float = 0.2
+    """share of the tokens that are forks (the paper)"""
+    select: Literal["high", "low", "random"] = "high"
+    """which tokens learn: the rho of highest entropy; the 1 - rho of lowest; any rho (the paper's controls)"""
+    entropy_norm: Literal["all", "selected"] = "all"
+    """the loss is divided by the number of all tokens (the paper) or of those selected (the authors' code)"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def overlong_penalty(lengths, args):
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    L_c = max(1.0, args.overlong_share * args.max_new_tokens)
+    return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
+
+
+def informative(accuracy, args):
+    """[P, G] -> [P]: groups neither all right nor all wrong. Eq. 11, of the accuracy: the penalty sets wrong ones apart too."""
+    return (accuracy.max(1).values > accuracy.min(1).values) | (args.max_gen_batches == 0)
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps_low, 1 + args.eps_high)
+    objective = torch.min(ratio * adv, clipped * adv)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def fork_score(entropy, args):
+    """[B, T] -> [B, T]: those of largest score are selected."""
+    return dict(high=entropy, low=-entropy, random=torch.rand_like(entropy))[args.select]
+
+
+def forks(mask, score, args):
+    """[B, T] each -> [B, T]: the share of the valid tokens whose score is largest, rounded up; of equals as many as fit."""
+    share = 1 - args.rho if args.select == "low" else args.rho
+    k = int(share * mask.sum().item() + 1 - 1e-6)
+    order = score.masked_fill(~mask, float("-inf")).flatten().argsort(descending=True, stable=True)
+    return torch.zeros_like(mask).flatten().index_fill(0, order[:k], True).view_as(mask)
+
+
+def token_weights(mask, args, score):
+    """[B, T] -> [B, T]: mean over all tokens of the minibatch, or over those selected; 0 for the others."""
+    selected = forks(mask, score, args)
+    return selected / (mask if args.entropy_norm == "all" else selected).sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def measure(meter, mb):
+    """The share of tokens that are selected, and the old entropy of these and of the others."""
+    selected, old = mb.trained & (mb.weights > 0), mb.columns["old_entropy"]
+    meter.add(dict(selected=selected.float()), mb.trained)
+    meter.add(dict(entropy_selected=old, entropy_selected_min=old), selected)
+    meter.add(dict(entropy_rest=old), mb.trained & ~selected)
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
+
+    args, config, device = settings.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = engines.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
+
+    for step in run.steps(policy, optimizer, evaluate):
+        # Rollout: P prompts over all processes, G completions each, until every process has its share of informative groups.
+        engine.wake()
+        share, kept, n, rounds, right = args.prompts_per_step // gpu.world(), [], 0, 0, 0
+        while not rounds or n < share and rounds < args.max_gen_batches:
+            prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+            batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"])  # new noise every round
+            run.state["cursor"] += args.prompts_per_step
+            kept.append(batch.groups(informative(batch.accuracy.view(-1, batch.group), args).nonzero()[:, 0]))
+            n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
+            rounds, right = rounds + 1, right + batch.accuracy.sum().item()
+        n = min(n, share)
+        if n:  # else the last round is measured; its advantages are 0, and no update is made
+            batch = batch.join(kept).groups(torch.arange(n))
+        batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        engine.sleep()
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp, batch.columns["old_entropy"] = read(policy, batch, args)
+        batch.columns["score"] = fork_score(batch.columns["old_entropy"], args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        run.timed("old_logp")
+
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        for rows, weights in minibatches(batch, args, step, token_weights, ["score"]):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
+                    objective = objective - args.beta * stats["ref_kl"]
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+                measure(meter, mb)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if adv.any() and run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+        generated = rounds * args.prompts_per_step * args.group_size
+        sampled = dict(accuracy=gpu.total(right) / generated, generated=generated, groups=n * gpu.world())
+        run.log(meter.result() | rollout.summary(batch) | sampled, batch)  # accuracy before the filter, as elsewhere
+
+    run.finish()
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
+
+    train(settings.parse(Args, __doc__))
