@@ -1,0 +1,278 @@
+"""SEED-GRPO: Semantic Entropy Enhanced GRPO for Uncertainty-Aware Policy Optimization. Chen et al., Zhejiang University,
+arXiv 2505.12346 (2025).
+
+Idea: a prompt on which the policy's samples say many different things is one it does not understand, and what it learns there
+is to be trusted less. The samples of a group are put together by what they answer; the entropy of these clusters, by their
+likelihood, makes all advantages of the prompt smaller. Prompts that are answered with one voice teach as in Dr. GRPO.
+
+Objective, to be maximised (equation numbers not at hand):
+    J = 1/B sum_i 1/L sum_t min(r A, clip(r, 1 - eps, 1 + eps) A),   A = (R - mean R) f(alpha SE / log G),   f(x) = 1 / (1 + x)
+    SE = -sum_k p_k log p_k,   p_k = share of cluster k in sum_i exp(l_i),   l_i = 1/|y_i| sum_t log pi_old(y_it)
+This is the authors' code, as a reimplementation has it that was compared with it; with --estimator paper SE is the paper's mean
+over clusters of -log p_k, of likelihoods that are not divided by the length, which nothing bounds. A completion without an
+answer is a cluster of its own. With their alpha the scale stays between 0.96 and 1. --shape has forms that the paper names:
+linear 1 - x, exponential e^-x, focal (1 - SE / log G)^alpha (their formulas are ours); and reversed, 1 + x, a control.
+
+Family: tokens
+Differs from dr_grpo.py in: semantic_entropy, scale, train
+Costs: nothing extra: answers and old log-probs are there.
+Run:   python algos/seed_grpo.py                                tiny model, CPU, about a minute
+       python algos/seed_grpo.py --alpha 1                      where the scale can be seen
+       python algos/seed_grpo.py --model qwen2.5-1.5b           GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/seed_grpo.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """message of the system, for models with a chat template"""
+    seed: int = 1
+    """seed of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """prompts in a rollout, of all processes together (P)"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    stale: int = 0
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
+    lr: float | None = None
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    eval_samples: int = 0
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """temperature of these samples"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
+
+    # SEED-GRPO
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other")
+    eps: float = 0.2
+    """half-width of the clip interval (the authors' code)"""
+    alpha: float = 0.0417
+    """how much uncertainty counts (the authors' code); 0: Dr. GRPO"""
+    shape: Literal["inverse", "linear", "exponential", "focal", "reversed"] = "inverse"
+    """f, of what is 0 for one voice and alpha for log G (inverse: the authors' code); reversed amplifies, a control"""
+    estimator: Literal["normalised", "paper"] = "normalised"
+    """SE: Shannon's entropy of clusters by likelihood per token (the authors' code), or the paper's formula"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: centred in the group, not divided by its std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred, torch.zeros_like(rewards))
+
+
+def semantic_entropy(logp, mask, answers, args):
+    """[B, T] of whole groups, the answers that were read [B] (None: none) -> SE [P], in nats."""
+    loglik = logp.masked_fill(~mask, 0.0).sum(1)
+    if args.estimator == "normalised":
+        loglik = loglik / mask.sum(1).clamp(min=1)
+    loglik, G, found = loglik.view(-1, args.group_size), args.group_size, []
+    for row, words in zip(loglik, [answers[i : i + G] for i in range(0, len(answers), G)]):
+        names = [word if word is not None else i for i, word in enumerate(words)]  # a number is equal to no text
+        log_p = torch.stack([row[[n == name for n in names]].logsumexp(0) for name in dict.fromkeys(names)])
+        if args.estimator == "normalised":
+            log_p = log_p - row.logsumexp(0)
+        found.append(-(log_p.exp() * log_p).sum() if args.estimator == "normalised" else -log_p.mean())
+    return torch.stack(found)
+
+
+def scale(entropy, args):
+    """SE [P] -> [P]: the factor of a prompt's advantages."""
+    share = entropy / torch.tensor(float(args.group_size)).log()
+    x = args.alpha * share
+    if args.shape == "focal":
+        return (1 - share).clamp(min=0) ** args.alpha
+    return dict(inverse=1 / (1 + x), linear=(1 - x).clamp(min=0), exponential=(-x).exp(), reversed=1 + x)[args.shape]
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps, 1 + args.eps)
+    objective = torch.min(ratio * adv, clipped * adv)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: sum over a completion's tokens / L, then mean over completions; empty completions do not count."""
+    lengths = mask.sum(1, keepdim=True)
+    return mask / args.max_new_tokens / (lengths > 0).sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
+
+    args, config, device = settings.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = engines.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
+
+    for step in run.steps(policy, optimizer, evaluate):
+        # Rollout: P prompts over all processes, G completions each.
+        engine.wake()
+        prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
+        engine.sleep()
+        run.state["cursor"] += args.prompts_per_step
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        run.timed("old_logp")
+
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        uncertainty = gpu.gather(semantic_entropy(batch.old_logp, batch.mask, batch.answers, args))
+        factor = scale(uncertainty, args)
+        adv = adv * factor[:, None]
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        mixed = adv.any(1)  # elsewhere the factor does nothing
+        meter.note(semantic_entropy=uncertainty.mean().item(), scale=factor[mixed].mean().item() if mixed.any() else 1.0)
+        for rows, weights in minibatches(batch, args, step, token_weights):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
+                    objective = objective - args.beta * stats["ref_kl"]
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+        run.log(meter.result() | rollout.summary(batch), batch)
+
+    run.finish()
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
+
+    train(settings.parse(Args, __doc__))
