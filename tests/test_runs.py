@@ -787,7 +787,8 @@ for name in {names!r}:
     old = torch.full((4, 3), -1.0)
     logp = (old + 0.01).requires_grad_()
     objective, stats = script.surrogate(logp, old, adv, mask, args)
-    weights = script.token_weights(mask, args)
+    more = list(inspect.signature(script.token_weights).parameters)[2:]
+    weights = script.token_weights(mask, args, *(torch.rand(4, 3) for _ in more))
     loss = -(objective * weights)[mask].sum()
     loss.backward()
     assert loss.isfinite() and logp.grad.isfinite().all() and objective.shape == weights.shape == (4, 3)
