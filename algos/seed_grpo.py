@@ -8,8 +8,8 @@ likelihood, makes all advantages of the prompt smaller. Prompts that are answere
 Objective, to be maximised (equation numbers not at hand):
     J = 1/B sum_i 1/L sum_t min(r A, clip(r, 1 - eps, 1 + eps) A),   A = (R - mean R) f(alpha SE / log G),   f(x) = 1 / (1 + x)
     SE = -sum_k p_k log p_k,   p_k = share of cluster k in sum_i exp(l_i),   l_i = 1/|y_i| sum_t log pi_old(y_it)
-This is the authors' code, as a reimplementation has it that was compared with it; with --estimator paper SE is the paper's mean
-over clusters of -log p_k, of likelihoods that are not divided by the length, which nothing bounds. A completion without an
+This is the authors' code, as a reimplementation has it that says it matches theirs; with --estimator paper SE is the paper's
+mean over clusters of -log p_k, of likelihoods that are not divided by the length, which nothing bounds. A completion without an
 answer is a cluster of its own. With their alpha the scale stays between 0.96 and 1. --shape has forms that the paper names:
 linear 1 - x, exponential e^-x, focal (1 - SE / log G)^alpha (their formulas are ours); and reversed, 1 + x, a control.
 

@@ -81,5 +81,5 @@ def fill(template, prompts):
         if not fields or any(field != ["prompt", "", None] for field in fields):
             raise ValueError(repr(template))
         return [template.format(prompt=prompt) for prompt in prompts]
-    except (KeyError, IndexError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"--prompt-template needs the field {{prompt}} and no other ({error})") from None

@@ -1,5 +1,6 @@
 """Tables: what files and the hub hold, what a row may be, what is held out."""
 
+import functools
 import json
 import math
 import os
@@ -92,6 +93,7 @@ def split(train, test, n_test=HELD_OUT):
     return [row for key, row in zip(keys, train) if key not in held], test
 
 
+@functools.cache
 def ask_hub(repository, kind="model"):
     """Asks the hub for a repository, once and briefly: where no answer comes, this process does without it from now on, since
     whatever loads from there would go on asking for half a minute."""

@@ -1,7 +1,10 @@
 """RNG's worked numbers, its arms, the dynamics of one step on a softmax, and a minibatch without negatives."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load
 
 from algos import grpo, rng
 from tests.helpers import ROOT, lines, run, tiny
@@ -97,11 +100,11 @@ def test_two_stages(pi, full, negative):
 
 
 def test_without_negatives_there_is_no_step(tiny, tmp_path):
-    """Momentum would move the weights all the same. The rewards of a run of its own are all 1; with psr they teach."""
+    """Weight decay and momentum would move the weights all the same. All rewards are 1 here; with psr they teach."""
     (tmp_path / "mine.py").write_text("def check(text, answer):\n    return 1.0\n")
     argv = ["--model", tiny, "--reward", f"{tmp_path}/mine.py:check", "--prompt-template", "{prompt}", "--eval-prompts", 8]
     argv += "--steps 2 --prompts-per-step 4 --group-size 4 --minibatches 2 --weight-decay 0.5".split()
-    weights = {}
+    weights = dict(start=(Path(tiny) / "model.safetensors").read_bytes())
     for name, more in dict(n=(), nsr=("--variant", "nsr"), psr=("--variant", "psr")).items():
         done = run(tmp_path, *argv, *more, "--run-dir", tmp_path / name, script=ROOT / "algos" / "rng.py")
         assert done.code == 0, done.err
@@ -109,7 +112,9 @@ def test_without_negatives_there_is_no_step(tiny, tmp_path):
         weights[name] = (last / "model.safetensors").read_bytes()
         cut = sum(row["truncated"] for row in lines(tmp_path / name / "metrics.jsonl"))
         assert cut == 0 and [row["negatives"] for row in lines(tmp_path / name / "metrics.jsonl")] == [0.0, 0.0]
-    assert weights["n"] == weights["nsr"] != weights["psr"]
+    weights = {name: load(data) for name, data in weights.items()}
+    same = {n: all(torch.equal(w[k], weights["start"][k]) for k in weights["start"]) for n, w in weights.items()}
+    assert same == dict(start=True, n=True, nsr=True, psr=False)
 
 
 @pytest.mark.parametrize("changes", [dict(variant="nsr"), dict(eps=0.05), dict(divisor="taught"), dict(variant="w_reinforce")])
