@@ -7,16 +7,17 @@ from common.answers import has_format
 from common.batch import collate
 
 
-def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None, budget=None, seeds=None):
+def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None, budget=None, seeds=None, temperature=None):
     """Samples n (None: args.group_size) completions for every example of this rank and scores them -> Batch; a truncated one is
     wrong, whatever its text says. given: token ids that the completions of an example begin with; they go on from there by at
-    most `budget` tokens, and only what is new is trained. seeds: one per example."""
+    most `budget` tokens, and only what is new is trained. seeds: one per example. temperature: None is args.temperature; a
+    function of the next token's logits [b, V] -> [b], where the engine is made for that."""
     n, given = n or args.group_size, given or [[] for _ in examples]
     offset = gpu.rank() * len(examples)
     seeds = seeds or [gpu.hash_seed(args.seed, step, offset + i) for i in range(len(examples))]
     budgets = [min(budget or args.max_new_tokens, args.max_new_tokens - len(g)) for g in given]
     prefixes = [e.ids + g for e, g in zip(examples, given)]
-    out = engine.generate(prefixes, n, budgets, args.temperature, seeds)
+    out = engine.generate(prefixes, n, budgets, temperature or args.temperature, seeds)
     owner = [i for i in range(len(examples)) for _ in range(n)]
     whole = [given[i] + ids for i, (ids, _, _) in zip(owner, out)]
     batch = collate([(examples[i].ids, y) for i, y in zip(owner, whole)], tokenizer.pad_token_id, engine.device)

@@ -81,7 +81,7 @@ def engines():
     tokenizer = models.load_tokenizer(args)
     policy = models.load(args, torch.device("cpu"))
     task = tasks.load("addition", tokenizer)
-    vllm = samplers.VLLM(policy, tokenizer, args, 64)
+    vllm = samplers.VLLM(policy, tokenizer, args, 64, heated=True)  # which changes nothing where temperatures are numbers
     yield args, tokenizer, policy, task, vllm, samplers.HF(policy, tokenizer)
     vllm.close()
 
@@ -111,6 +111,38 @@ def test_new_weights_arrive_and_stale_ones_are_noticed(engines):
     stale.sampler_logp = stale.old_logp - 1.0
     with pytest.raises(SystemExit, match="not in step"):
         rollout.summary(stale)
+
+
+def test_a_temperature_may_be_a_function_of_the_logits(engines):
+    """Its log-probs are those of every row's own temperature, as on the other engine; and the next call is plain again."""
+    _, _, policy, task, vllm, hf = engines
+    vllm.sync()
+
+    def hot(logits):
+        return 0.5 + torch.special.entr(logits.float().softmax(-1)).sum(-1)
+
+    prefixes, seen = [e.ids for e in task.test[:8]], set()
+    for engine in (vllm, hf):
+        for i, (tokens, logp, _) in enumerate(engine.generate(prefixes, 4, 28, hot, list(range(8)))):
+            prompt = prefixes[i // 4]
+            z = policy.lm(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].float()
+            law = (z / hot(z)[:, None]).log_softmax(-1)
+            torch.testing.assert_close(torch.tensor(logp), law[range(len(tokens)), tokens], rtol=0, atol=1e-4)
+            seen.add(tuple(tokens))
+    assert len(seen) > 20
+    plain = sample(engines, 1.0)
+    assert ((plain.old_logp - plain.sampler_logp).abs() * plain.mask).max() < 1e-4
+
+
+@pytest.mark.parametrize("name, low, high", [("hapo", 0.01, 3.0), ("pppo", 0.0, 1e-4)])
+def test_scripts_that_sample_in_their_own_way(name, low, high, tmp_path):
+    """HAPO heats the sampler from the second rollout on; PPPO goes on from prefixes, 9 completions for one."""
+    command = [sys.executable, f"algos/{name}.py", *SMALL, "--steps", "2", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert rows[0]["sampler_gap_max"] < 1e-4 and low < rows[1]["sampler_gap_max"] < high
+    assert all(r["grad_norm"] > 0 and r["generated"] % (9 if name == "pppo" else 1) == 0 for r in rows)
 
 
 def test_greedy_completions_are_those_of_transformers(engines):
