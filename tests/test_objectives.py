@@ -29,7 +29,15 @@ def batch(B=6, T=5, seed=0, spread=0.3):
     mask = torch.arange(T) < torch.tensor([max(1, T - i % T) for i in range(B)])[:, None]
     adv = torch.randn(B, 1, generator=g).expand(B, T)
     entropy, score = (torch.rand(B, T, generator=g) * 2 for _ in range(2))
-    return dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=entropy, score=score)
+    h = torch.rand(B, T, generator=g) * 2 - 1
+    proxy, protected = logp + torch.rand(B, T, generator=g), mask & (adv < 0) & (torch.rand(B, T, generator=g) < 0.5)
+    b = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=entropy, score=score, h=h, completion=mask)
+    return b | dict(proxy=proxy, protected=protected)
+
+
+def unprotected(b):
+    """Without the tokens that lp_reg pulls towards a proxy, by a force that is not the advantage's."""
+    return b | dict(protected=torch.zeros_like(b["mask"]))
 
 
 def surrogate(script, b, args):
@@ -80,6 +88,8 @@ each_way = pytest.mark.parametrize("script, own", ways)
 GROUPED = [n for n in SCRIPTS if not {"values", "mask"} & set(inspect.signature(load(n).advantages).parameters)]
 # Whose advantages do not add up to 0 in a group, and why.
 ONE_SIDED = {"algos.rng": "learns from the worse half alone"}
+# Without which flags the gradient at ratio 1 is the weight times the advantage, and why.
+AT_RATIO_1 = {"algos.hapo": dict(dar=False)}  # sure tokens learn less, by h, where they have not moved
 each_grouped = pytest.mark.parametrize("script", [load(n) for n in GROUPED], ids=GROUPED)
 
 
@@ -89,7 +99,7 @@ def test_garbage_in_masked_positions_changes_nothing(script, own):
     loss, grad = loss_and_gradient(script, b, args)
     for garbage in (1e4, -1e4, float("inf"), float("nan")):
         other = dict(b)
-        for k in ("logp", "old_logp", "entropy", "score"):
+        for k in ("logp", "old_logp", "entropy", "score", "h", "proxy"):
             other[k] = torch.where(b["mask"], b[k], torch.tensor(garbage))
         loss2, grad2 = loss_and_gradient(script, other, args)
         assert torch.equal(loss, loss2), garbage
@@ -133,7 +143,7 @@ def test_micro_batches_add_up(script):
 def test_an_empty_completion_counts_for_nothing(script):
     b = batch(B=4)
     loss, grad = loss_and_gradient(script, b)
-    empty = {k: torch.cat([v, torch.full_like(v[:1], False if k == "mask" else 0.7)]) for k, v in b.items()}
+    empty = {k: torch.cat([v, torch.full_like(v[:1], False if v.dtype == torch.bool else 0.7)]) for k, v in b.items()}
     loss2, grad2 = loss_and_gradient(script, empty)
     assert torch.isfinite(loss2) and torch.isfinite(grad2).all()
     torch.testing.assert_close(grad2[:4], grad, rtol=1e-6, atol=1e-8)
@@ -151,7 +161,7 @@ def test_a_batch_of_empty_completions_is_zero(script):
 
 @each
 def test_zero_advantage_gives_zero_gradient(script):
-    b = batch()
+    b = unprotected(batch())
     b["adv"] = torch.zeros_like(b["adv"])
     loss, grad = loss_and_gradient(script, b)
     assert torch.isfinite(loss) and not grad.any()
@@ -160,7 +170,7 @@ def test_zero_advantage_gives_zero_gradient(script):
 @each_way
 def test_the_objective_is_proportional_to_the_advantage(script, own):
     """And where a token is clipped, what it is clipped to, and all that is logged depend on the advantage's sign alone."""
-    b, args = batch(B=40, spread=1.5), arguments(script, **own)
+    b, args = unprotected(batch(B=40, spread=1.5)), arguments(script, **own)
     loss, grad = loss_and_gradient(script, b, args)
     _, stats = surrogate(script, b, args)
     for factor in (0.125, 8.0):  # powers of two: the same bits
@@ -174,7 +184,7 @@ def test_the_objective_is_proportional_to_the_advantage(script, own):
 def is_a_product(script, step=0.01):
     """Whether log-ratios add up over a completion: where each of five tokens gained a step, the objective gained five."""
     one, row = torch.ones(1, 5), torch.full((1, 5), -1.0)
-    b = dict(logp=row + step, old_logp=row, adv=one, mask=one.bool(), entropy=one)
+    b = unprotected(dict(logp=row + step, old_logp=row, adv=one, mask=one.bool(), entropy=one, h=0 * one, proxy=row))
     objective, _ = surrogate(script, b, arguments(script))
     return objective[0, 4].log().item() == pytest.approx(5 * step, rel=1e-3)
 
@@ -183,10 +193,10 @@ def is_a_product(script, step=0.01):
 def test_on_policy_the_gradient_is_the_policy_gradient(script):
     """At ratio 1 every method pushes each token by its weight times its advantage; those whose ratio is the product over a
     completion push its tokens by all their weights together."""
-    b = batch()
+    b, args = unprotected(batch()), arguments(script, **AT_RATIO_1.get(script.__name__, {}))
     b["logp"] = b["old_logp"].clone()
-    _, grad = loss_and_gradient(script, b)
-    weights = token_weights(script, b, arguments(script))
+    _, grad = loss_and_gradient(script, b, args)
+    weights = token_weights(script, b, args)
     if is_a_product(script):
         weights = b["mask"] * weights.sum(1, keepdim=True)
     torch.testing.assert_close(grad, -weights * b["adv"] * b["mask"], rtol=1e-5, atol=1e-7)
@@ -226,6 +236,7 @@ def test_equal_rewards_give_zero_advantage(script):
 def advantages(script, rewards):
     names = inspect.signature(script.advantages).parameters
     values = dict(rewards=rewards, args=arguments(script), prompt_id=torch.arange(len(rewards)), stats={})
+    values["lengths"] = torch.full_like(rewards, 5)
     return script.advantages(**{k: values[k] for k in names})
 
 

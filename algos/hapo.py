@@ -1,0 +1,345 @@
+"""HAPO: Heterogeneous Adaptive Policy Optimization. Liu et al., Peking University and Shanghai AI Laboratory,
+"From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature", arXiv 2509.16591 (2025).
+
+Idea: treat every token by how unsure the policy was there. Unsure tokens are sampled hotter, may rise further before they are
+clipped and learn more once they have moved; sure ones are sampled cooler, may fall further and learn less while they have not.
+A completion's advantage is taken over the tokens of its group, so that long wrong completions do not outweigh short right ones.
+
+Objective, to be maximised (equation numbers not at hand):
+    h = d / max d where d > 0, else d / |min d|, in [-1, 1],   d = log H - Q(log H), H: entropy, Q: the rho-quantile
+    A. sampling at temperature T (1 + tau h), with Q, max d and min d of the rollout before
+    B. A = (R - mu) / sigma, mean and std over the tokens of the group
+    C. A_hat = A (1 + h)  where h > 0 and r has left the neutral zone, or h <= 0 and r is in it; else A
+       neutral zone: 1 - eps_L / 2 < r < 1 + eps_R / 2
+    D. eps_L = eps_low (1 - min(h, 0)),   eps_R = eps_high (1 + max(h, 0))
+    J = 1/sum_i |y_i| sum_i sum_t min(r A_hat, clip(r, 1 - eps_L, 1 + eps_R) A_hat), at least 10 A_hat where A_hat < 0
+The released code's h is never negative (it divides a negative number by a negative one); this is the sign that the paper
+describes. H is that of the policy that sampled, and h one scale for the whole rollout: the released code takes both anew in
+every micro-batch. As there, a group in which some |A| is 5 or more has DAPO's advantages.
+
+Family: tokens
+Differs from dapo.py in: advantages, entropy_scale, entropy_signal, heat, surrogate, train
+Measures: measure
+Costs: an entropy over the vocabulary at every sampled token. Samples are of the heated policy, ratios of the plain one, as in
+       the released code; with vLLM truncated importance sampling corrects for that as well (--tis-cap 0: it does not).
+Run:   python algos/hapo.py                                     tiny model, CPU, about two minutes
+       python algos/hapo.py --model qwen2.5-1.5b                GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/hapo.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """message of the system, for models with a chat template"""
+    seed: int = 1
+    """seed of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """prompts in a rollout, of all processes together (P)"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    stale: int = 0
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
+    lr: float | None = None
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    eval_samples: int = 0
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """temperature of these samples"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
+
+    # HAPO
+    limits = dict(
+        group_size="2 <= x: the completions of a prompt are compared with each other", rho="0 <= x <= 1", tau="0 <= x < 1",
+        entropy_floor="0 < x",
+    )  # fmt: skip
+    eps_low: float = 0.2
+    """the clip interval's reach below 1 (Section 4.1)"""
+    eps_high: float = 0.28
+    """its reach above 1 (Section 4.1)"""
+    overlong_share: float = 0.25
+    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (the paper: 4,096 of 20,480)"""
+    overlong_weight: float = 0.5
+    """the length penalty at L_max, for rewards of 0 and 1 (the paper: 1, for rewards of -1 and 1); 0: no penalty"""
+    max_gen_batches: int = 0
+    """at most so many times P groups are sampled for an update; 0: no filter, P groups as they come (the authors' code)"""
+    rho: float = 0.8
+    """the quantile of log entropies from which h is positive (the authors' script)"""
+    entropy_floor: float = 1e-4
+    """least entropy in a log, in nats (the authors' code: 1e-8, where one certain token sets the scale of all sure ones)"""
+    tau: float = 0.1
+    """A: the temperature goes from 1 - tau to 1 + tau times its value (the paper; 0.05 in the authors' script)"""
+    ats: bool = True
+    """A, adaptive temperature sampling"""
+    tga: bool = True
+    """B, token-level group average"""
+    dar: bool = True
+    """C, differential advantage redistribution"""
+    aac: bool = True
+    """D, asymmetric adaptive clipping"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, lengths, args):
+    """[P, G] each -> [P, G]: z-score over the tokens of the group, or (B off; or one of 5 or more) over its completions with
+    sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    plain = torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+    share = lengths / lengths.sum(1, keepdim=True).clamp(min=1)
+    over_tokens = rewards - (share * rewards).sum(1, keepdim=True)
+    sigma = (share * over_tokens**2).sum(1, keepdim=True).sqrt()
+    adv = torch.where(std > 1e-6, over_tokens / (sigma + 1e-6), torch.zeros_like(rewards))
+    return torch.where((adv.abs().amax(1, keepdim=True) < 5) & args.tga, adv, plain)
+
+
+def overlong_penalty(lengths, args):
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    L_c = max(1.0, args.overlong_share * args.max_new_tokens)
+    return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
+
+
+def informative(accuracy, args):
+    """[P, G] -> [P]: groups neither all right nor all wrong. Eq. 11, of the accuracy: the penalty sets wrong ones apart too."""
+    return (accuracy.max(1).values > accuracy.min(1).values) | (args.max_gen_batches == 0)
+
+
+def entropy_scale(entropy, args):
+    """[n] of all valid tokens -> (Q, max d, |min d|), three floats."""
+    log = entropy.clamp(min=args.entropy_floor).log().sort().values
+    if not len(log):
+        return 0.0, 1.0, 1.0
+    Q = log[round(args.rho * (len(log) - 1))].item()
+    return Q, max(log[-1].item() - Q, 1e-8), max(Q - log[0].item(), 1e-8)
+
+
+def entropy_signal(entropy, scale, args):
+    """Entropies -> h in [-1, 1], of the same shape."""
+    Q, above, below = scale
+    d = entropy.clamp(min=args.entropy_floor).log() - Q
+    return torch.where(d > 0, d / above, d / below).clamp(-1, 1)
+
+
+def heat(logits, scale, args):
+    """Logits [b, V] of the next token -> temperatures [b]. A."""
+    entropy = torch.special.entr((logits.float() / args.temperature).softmax(-1)).sum(-1)
+    return args.temperature * (1 + args.tau * entropy_signal(entropy, scale, args))
+
+
+def surrogate(logp, old_logp, adv, mask, args, h):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    h = h.masked_fill(~mask, 0.0)
+    low = args.eps_low * (1 - args.aac * h.clamp(max=0))  # D
+    high = args.eps_high * (1 + args.aac * h.clamp(min=0))
+    neutral = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
+    adv = torch.where((neutral == (h <= 0)) & args.dar, adv * (1 + h), adv)  # C
+    clipped = ratio.clamp(1 - low, 1 + high)
+    objective = torch.min(ratio * adv, clipped * adv)
+    objective = torch.where(adv < 0, objective.clamp(min=10 * adv), objective)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over all tokens of the minibatch. Eq. 12."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def measure(meter, mb, logp, args):
+    """h and the temperature of the sampled tokens; how many ratios a uniform interval would have cut: among sure tokens on the
+    left, among unsure ones on the right; and the advantages' sum, which B keeps at 0."""
+    h, ratio = mb.columns["h"], (logp.detach() - mb.old_logp).exp()
+    meter.add(dict(h=h, h_min=h, unsure=(h > 0).float(), heat=1 + args.tau * args.ats * h, adv_per_token=mb.adv), mb.trained)
+    meter.add(dict(left_of_sure=(ratio < 1 - args.eps_low).float()), mb.trained & (h <= 0))
+    meter.add(dict(right_of_unsure=(ratio > 1 + args.eps_high).float()), mb.trained & (h > 0))
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
+
+    args, config, device = settings.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = engines.make_engine(policy, tokenizer, args, context, heated=args.ats)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
+
+    def hot(logits):
+        return heat(logits, run.state["scale"], args)
+
+    for step in run.steps(policy, optimizer, evaluate):
+        # Rollout: P prompts over all processes, G completions each, until every process has its share of informative groups.
+        engine.wake()
+        share, kept, n, rounds, right = args.prompts_per_step // gpu.world(), [], 0, 0, 0
+        temperature = hot if args.ats and "scale" in run.state else None
+        while not rounds or n < share and rounds < args.max_gen_batches:
+            prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+            batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"], temperature=temperature)
+            run.state["cursor"] += args.prompts_per_step
+            kept.append(batch.groups(informative(batch.accuracy.view(-1, batch.group), args).nonzero()[:, 0]))
+            n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
+            rounds, right = rounds + 1, right + batch.accuracy.sum().item()
+        n = min(n, share)
+        if n:  # else the last round is measured; its advantages are 0, and no update is made
+            batch = batch.join(kept).groups(torch.arange(n))
+        batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        engine.sleep()
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp, entropy = read(policy, batch, args)
+        run.state["scale"] = entropy_scale(gpu.gather(entropy)[gpu.gather(batch.mask)], args)
+        batch.columns["h"] = entropy_signal(entropy, run.state["scale"], args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        run.timed("old_logp")
+
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        rewards, lengths = gpu.gather(batch.reward), gpu.gather(batch.mask.sum(1))
+        adv = advantages(rewards.view(-1, args.group_size), lengths.view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        for rows, weights in minibatches(batch, args, step, token_weights):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args, mb.columns["h"])
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
+                    objective = objective - args.beta * stats["ref_kl"]
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+                measure(meter, mb, logp, args)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if adv.any() and run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+        generated = rounds * args.prompts_per_step * args.group_size
+        sampled = dict(accuracy=gpu.total(right) / generated, generated=generated, groups=n * gpu.world())
+        run.log(meter.result() | rollout.summary(batch) | sampled, batch)  # accuracy before the filter, as elsewhere
+
+    run.finish()
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
+
+    train(settings.parse(Args, __doc__))

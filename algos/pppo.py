@@ -1,0 +1,350 @@
+"""PPPO: Progressive Prefix-token Policy Optimization. Sun et al., "Well Begun, Half Done: Reinforcement Learning with Prefix
+Optimization for LLM Reasoning", arXiv 2512.15274 (2025).
+
+Idea: train on the first tokens of a completion alone, since a reasoning that begins badly is seldom mended later. How good a
+beginning is, continuations of it say: the reward is how many of them come out right. When training no longer gains, the
+beginning that is trained on grows.
+
+Objective, to be maximised (equation numbers not at hand; no code is public):
+    J = 1/sum_k |y_k| sum_i sum_t 1[t <= k_i] min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   k_i = max(1, floor(eta |y_i|))
+    R_i = 1[y_i is right] + sum_j 1[continuation j of y_i's first k_i tokens is right],   A = (R - mean R) / std R
+    eta grows by eta_step, to eta_max, when accuracy has not been above its best for `patience` looks in a row
+The divisor counts all tokens, so the step grows with eta. Groups whose R are all equal are sampled again, as in DAPO; neither
+that nor the patience is stated. The paper looks at accuracy on a validation set; here it is that of `look` rollouts' first
+completions, so that no held-out prompt steers the training.
+
+Family: tokens
+Differs from dapo.py in: informative, prefix_lengths, prefixes, prefix_rewards, chosen, shorten, retention, token_weights, train
+Measures: measure
+Costs: `continuations` further completions for each, from where its prefix ends (an engine's prefix cache reads that once); the
+       old pass and the update see prompts and prefixes alone.
+Run:   python algos/pppo.py                                     tiny model, CPU, about two minutes
+       python algos/pppo.py --model qwen2.5-1.5b                GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/pppo.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """message of the system, for models with a chat template"""
+    seed: int = 1
+    """seed of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """prompts in a rollout, of all processes together (P)"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    stale: int = 0
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
+    lr: float | None = None
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    eval_samples: int = 0
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """temperature of these samples"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
+
+    # PPPO
+    limits = dict(
+        group_size="2 <= x: the completions of a prompt are compared with each other", eta="0 < x <= 1", eta_max="x <= 1",
+        look="1 <= x", patience="1 <= x",
+    )  # fmt: skip
+    tiny_preset = dict(prompts_per_step=8, minibatches=2)  # 9 times as many are sampled; an update is still on 32 completions
+    real_preset = dict(prompts_per_step=16, minibatches=1)
+    eps_low: float = 0.2
+    """the clip interval's reach below 1 (Section 4.1)"""
+    eps_high: float = 0.28
+    """its reach above 1 (Section 4.1)"""
+    overlong_share: float = 0.25
+    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (the paper: 4,096 of 20,480)"""
+    overlong_weight: float = 0.0
+    """the length penalty at L_max; 0: no penalty (the paper)"""
+    max_gen_batches: int = 10
+    """at most so many times P groups are sampled for an update (DAPO's); 0: no filter, P groups as they come"""
+    continuations: int = 8
+    """of each prefix (the paper); 0: the reward is the completion's own"""
+    eta: float = 0.15
+    """share of a completion's tokens that is trained on, at the start (the paper)"""
+    eta_step: float = 0.05
+    """what it grows by (the paper)"""
+    eta_max: float = 0.35
+    """what it grows to (the paper)"""
+    look: int = 20
+    """rollouts between looks at the accuracy"""
+    patience: int = 2
+    """looks without a gain before eta grows"""
+    part: Literal["first", "last"] = "first"
+    """which of its tokens a completion is trained on; the last ones are the paper's control"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def overlong_penalty(lengths, args):
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    L_c = max(1.0, args.overlong_share * args.max_new_tokens)
+    return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
+
+
+def informative(rewards, args):
+    """[P, G] -> [P]: groups whose rewards are not all equal."""
+    return (rewards.max(1).values > rewards.min(1).values) | (args.max_gen_batches == 0)
+
+
+def prefix_lengths(lengths, eta):
+    """Tokens per completion -> tokens of its prefix, at least one of those that there are."""
+    return (eta * lengths.double() + 1e-9).long().clamp(min=1).minimum(lengths)
+
+
+def prefixes(batch, eta):
+    """-> [token ids of the prefix] of every completion."""
+    T, k = batch.mask.shape[1], prefix_lengths(batch.mask.sum(1), eta)
+    return [y[:n] for y, n in zip(batch.ids[:, -T:].tolist(), k.tolist())]
+
+
+def prefix_rewards(batch, given, again):
+    """The prefixes, how well each was continued [B, C] -> R [B]. What has ended with its prefix is its own continuation."""
+    ended = torch.tensor([len(y) for y in given], device=again.device) == batch.mask.sum(1)
+    return batch.reward + torch.where(ended, again.shape[1] * batch.accuracy, again.sum(1))
+
+
+def chosen(mask, eta, args):
+    """[B, T] -> [B, T]: the first tokens of every completion, as many as its prefix has; or as many of the last."""
+    place = mask.cumsum(1) if args.part == "first" else mask.flip(1).cumsum(1).flip(1)
+    return mask & (place <= prefix_lengths(mask.sum(1, keepdim=True), eta))
+
+
+def shorten(batch, eta, args):
+    """Makes every completion of the batch end with the last token that is trained on; its column completion has all."""
+    batch.columns["completion"], batch.trained = batch.mask, chosen(batch.mask, eta, args)
+    batch.mask = batch.trained.flip(1).cumsum(1).flip(1) > 0
+    batch.attention_mask[:, -batch.mask.shape[1] :] = batch.mask
+
+
+def retention(state, accuracy, args):
+    """One rollout's accuracy into state: eta, best (accuracy of a look), stalled (looks since), seen (since the last look)."""
+    state["seen"] = [*state["seen"], accuracy]
+    if len(state["seen"]) < args.look:
+        return
+    now, state["seen"] = sum(state["seen"]) / args.look, []
+    state["stalled"] = 0 if now > state["best"] else state["stalled"] + 1
+    state["best"] = max(now, state["best"])
+    if state["stalled"] == args.patience:
+        state["eta"], state["stalled"] = max(state["eta"], min(state["eta"] + args.eta_step, args.eta_max)), 0
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps_low, 1 + args.eps_high)
+    objective = torch.min(ratio * adv, clipped * adv)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args, completion):
+    """[B, T] each -> [B, T]: 1 over the number of all tokens of the minibatch's completions, for those that are trained on."""
+    return mask / completion.sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def measure(meter, batch, eta):
+    """The share of tokens that is trained on, and how large it should be."""
+    meter.add(dict(trained=batch.trained.float()), batch.columns["completion"])
+    meter.note(eta=eta)
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
+
+    args, config, device = settings.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = engines.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
+
+    progress = run.state.setdefault("progress", dict(eta=args.eta, best=-1.0, stalled=0, seen=[]))
+    for step in run.steps(policy, optimizer, evaluate):
+        # Rollout: P prompts over all processes, G completions each, until every process has its share of informative groups.
+        engine.wake()
+        share, kept, n, rounds, right = args.prompts_per_step // gpu.world(), [], 0, 0, 0
+        while not rounds or n < share and rounds < args.max_gen_batches:
+            prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+            batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"])  # new noise every round
+            if args.continuations:
+                given, again = prefixes(batch, progress["eta"]), [p for p in prompts for _ in range(args.group_size)]
+                noise = gpu.hash_seed(args.seed, run.state["cursor"], 17)
+                more = rollout.collect(engine, scorer, tokenizer, again, args, noise, given, args.continuations)
+                batch.reward = prefix_rewards(batch, given, more.accuracy.view(len(given), -1))
+            run.state["cursor"] += args.prompts_per_step
+            kept.append(batch.groups(informative(batch.reward.view(-1, batch.group), args).nonzero()[:, 0]))
+            n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
+            rounds, right = rounds + 1, right + batch.accuracy.sum().item()
+        n = min(n, share)
+        if n:  # else the last round is measured; its advantages are 0, and no update is made
+            batch = batch.join(kept).groups(torch.arange(n))
+        batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        engine.sleep()
+        run.timed("rollout")
+
+        shorten(batch, progress["eta"], args)
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp, _ = read(policy, batch, args)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        run.timed("old_logp")
+
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        measure(meter, batch, progress["eta"])
+        for rows, weights in minibatches(batch, args, step, token_weights, ["completion"]):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
+                    objective = objective - args.beta * stats["ref_kl"]
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if adv.any() and run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+        first, batch.mask = rounds * args.prompts_per_step * args.group_size, batch.columns["completion"]
+        sampled = dict(accuracy=gpu.total(right) / first, generated=first * (1 + args.continuations), groups=n * gpu.world())
+        retention(progress, sampled["accuracy"], args)
+        run.log(meter.result() | rollout.summary(batch) | sampled, batch)  # accuracy before the filter, as elsewhere
+
+    run.finish()
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
+
+    train(settings.parse(Args, __doc__))

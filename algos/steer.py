@@ -1,0 +1,298 @@
+"""STEER: "Rethinking Entropy Interventions in RLVR: An Entropy Change Perspective". Hao et al., Zhejiang University, Tencent
+and USTC, arXiv 2510.10150 (2025).
+
+Idea: let a token teach less, the more its step would change the policy's entropy. That change can be told before the step is
+made: to reward what is likely or to punish what is not takes entropy away, the opposite adds some. The size of it, up or down,
+gives every token a weight that is never below lambda_min; all else is GRPO, with the mean over tokens and a wide upper clip.
+
+Objective, to be maximised (equation numbers not at hand):
+    J = 1/sum_i |y_i| sum_i sum_t lambda_it min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   at least 10 A where A < 0
+    Omega = A (pi / pi_old) (1 - pi) (log pi + H),   pi as it is before the update,   H = entropy of pi_old at the token
+    lambda = exp(-k |Omega|),   k = -log lambda_min / max(M, 0.02),   M = max |Omega| over the minibatch;   no gradient
+    A = (R - mean R) / std R over the group,   r = pi / pi_old
+A token's step changes the entropy about in proportion to -Omega. This is the authors' code, but that they take M within a
+micro-batch: here it is over the minibatch of all processes, so that no cut of it changes anything. The paper's text has no
+floor 0.02, and its fourth version lambda_min = 0.7. With --mapping linear the weight falls from lambda_max to lambda_min as
+|Omega| rises from its least to its greatest; compare that at an equal mean weight. --shuffled, a control, deals the weights out
+anew among the tokens of the minibatch.
+
+Family: tokens
+Differs from grpo.py in: entropy_change, damping, surrogate, token_weights, train
+Measures: measure
+Costs: one forward pass more per update, of the policy as it then is.
+Run:   python algos/steer.py                                    tiny model, CPU, a minute or two
+       python algos/steer.py --eps-low 0.99 --eps-high 5        hardly a clip: the paper's stress test
+       python algos/steer.py --model qwen2.5-1.5b               GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/steer.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """message of the system, for models with a chat template"""
+    seed: int = 1
+    """seed of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """prompts in a rollout, of all processes together (P)"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    stale: int = 0
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
+    lr: float | None = None
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    eval_samples: int = 0
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """temperature of these samples"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
+
+    # STEER
+    limits = dict(
+        group_size="2 <= x: the completions of a prompt are compared with each other",
+        lambda_min="0 < x <= 1", omega_quantile="0 <= x <= 1",
+    )  # fmt: skip
+    eps_low: float = 0.2
+    """the clip interval's reach below 1 (the paper)"""
+    eps_high: float = 0.28
+    """its reach above 1 (the paper)"""
+    mapping: Literal["exponential", "linear"] = "exponential"
+    """from |Omega| to the weight (exponential: the paper's main one)"""
+    lambda_min: float = 0.8
+    """the least weight (the authors' scripts; the paper's fourth version: 0.7); exponential with 1: no damping"""
+    lambda_max: float = 1.2
+    """the greatest weight, of linear alone (the authors' script)"""
+    omega_quantile: float = 1.0
+    """M is this quantile of |Omega| (1: the maximum, the authors' code); below 1 no single token sets it"""
+    shuffled: bool = False
+    """the same weights, each on some other token: a control"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def entropy_change(logp, old_logp, old_entropy, adv):
+    """[B, T] each -> Omega [B, T]: a token's step changes the entropy about in proportion to -Omega."""
+    p, old_p = logp.exp().clamp(1e-8, 1 - 1e-8), old_logp.exp().clamp(1e-8, 1)
+    return adv / old_p * p * (1 - p) * (p.log() + old_entropy)
+
+
+def damping(omega, mask, args, seed=0):
+    """Omega of a whole minibatch [B, T] -> lambda [B, T], 1 where mask is False."""
+    size, ones = omega[mask].abs(), torch.ones_like(omega)
+    if not len(size):
+        return ones
+    order = size.sort().values
+    least, most = order[0], order[int(args.omega_quantile * (len(size) - 1))]
+    if args.mapping == "exponential":
+        weight = args.lambda_min ** (size / most.clamp(min=0.02)).clamp(max=1)
+    else:
+        share = torch.where(most > least, (size - least) / (most - least), 0.5).clamp(max=1)
+        weight = args.lambda_max - (args.lambda_max - args.lambda_min) * share
+    if args.shuffled:
+        weight = weight[torch.randperm(len(size), generator=torch.Generator().manual_seed(seed)).to(omega.device)]
+    return ones.masked_scatter(mask, weight)
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps_low, 1 + args.eps_high)
+    objective = torch.min(ratio * adv, clipped * adv)
+    objective = torch.where(adv < 0, torch.max(objective, 10 * adv), objective)  # the authors' dual clip
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over all tokens of the minibatch."""
+    return mask / mask.sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+def measure(meter, mb):
+    """The weights of the tokens, and the share of those that it damps by more than a tenth."""
+    weight = mb.columns["damping"]
+    meter.add(dict(damping=weight, damping_min=weight, damped=(weight < 0.9).float()), mb.trained)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
+
+    args, config, device = settings.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = engines.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
+
+    for step in run.steps(policy, optimizer, evaluate):
+        # Rollout: P prompts over all processes, G completions each.
+        engine.wake()
+        prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
+        engine.sleep()
+        run.state["cursor"] += args.prompts_per_step
+        run.timed("rollout")
+
+        # Log-probs of the policy that sampled, and of the reference.
+        batch.old_logp, old_entropy = read(policy, batch, args)
+        batch.columns |= dict(old_entropy=old_entropy, damping=torch.ones_like(old_entropy))
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        run.timed("old_logp")
+
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        for rows, weights in minibatches(batch, args, step, token_weights):
+            now = batch.old_logp.index_copy(0, rows, read(policy, batch, args, rows)[0])
+            omega = entropy_change(now, batch.old_logp, batch.columns["old_entropy"], batch.adv)
+            damped = damping(gpu.gather(omega), gpu.gather(weights > 0), args, gpu.hash_seed(args.seed, step, 0, 3))
+            batch.columns["damping"][rows] = gpu.local(damped)[rows, : omega.shape[1]]
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                objective = mb.columns["damping"] * objective
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
+                    objective = objective - args.beta * stats["ref_kl"]
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+                measure(meter, mb)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+        run.log(meter.result() | rollout.summary(batch), batch)
+
+    run.finish()
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
+
+    train(settings.parse(Args, __doc__))

@@ -1,0 +1,55 @@
+"""Scripts whose statistics, masks or choices are over a whole rollout: two processes with half of it each are one with all."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import ROOT, tiny
+
+__all__ = ["tiny"]
+SCRIPTS = "forking_tokens hapo lp_reg pppo rng seed_grpo steer".split()
+# In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
+# process with groups of its own, which is not a script's doing.
+EACH = """
+import importlib, sys
+sys.path.insert(0, {root!r})
+from common import gpu
+finish, gpu.finish = gpu.finish, lambda: None  # one process group for all
+for name in {names!r}:
+    script = importlib.import_module("algos." + name)
+    flags = dict(task="addition", steps=2, prompts_per_step=8, group_size=4, minibatches=2, eval_prompts=8, checkpoint_every=0,
+                 micro_batch_tokens=256, dtype="float64", run_dir={folder!r} + "/" + name, max_gen_batches=0)
+    known = script.Args.__dataclass_fields__
+    sys.argv = [name]
+    script.train(script.Args(**{{k: v for k, v in flags.items() if k in known}}))
+finish()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """{ranks: {script: rows of its metrics}}, all scripts in one process of each size."""
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        (folder / "each.py").write_text(EACH.format(root=str(ROOT), names=SCRIPTS, folder=str(folder)))
+        many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *(many if ranks > 1 else ()), str(folder / "each.py")]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[ranks] = {name: [json.loads(row) for row in open(folder / name / "metrics.jsonl")] for name in SCRIPTS}
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_ranks_are_one(runs, name):
+    one, two = (runs[ranks][name] for ranks in (1, 2))
+    assert len(one) == len(two) == 2 and all(row["grad_norm"] > 0 for row in one)
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for k in [k for k in a if not k.startswith("time/")]:
+            assert b[k] == pytest.approx(a[k], rel=1e-6, abs=1e-6), (a["step"], k)
