@@ -143,6 +143,7 @@ class Policy(nn.Module):
         wanted = set(layers or ()) | ({layer} - {None})
         with recorded(self.lm, wanted) as found:
             hidden, number = self._pass(ids, attention_mask, T, thoughts)
+        found["normed"] = hidden[None]  # here the head is no module that is called
         before, own = number[:, -T - 1 : -1][mask], number[:, -T:][mask]
         if layer is not None:
             hidden = found[layer].flatten(0, 1)

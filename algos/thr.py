@@ -1,0 +1,301 @@
+"""THR: Token Hidden Reward, "Steering Exploration-Exploitation in Group Relative Deep Reinforcement Learning". Deng et al.,
+arXiv 2510.03669 (2025).
+
+Idea: learn from the tokens whose update changes how likely the right answers are, and from no other. A score says by how much,
+to first order; it is taken from the hidden states and from what the policy mispredicts, before any update. With p > 0 tokens
+whose update makes right answers likelier count more and the others less, which exploits; p < 0 does the reverse and explores.
+
+Objective, to be maximised (GRPO's, with an advantage for each token; equation numbers not at hand):
+    J = 1/B sum_i 1/|y_i| sum_t min(r A_it, clip(r, 1 - eps, 1 + eps) A_it),   A_it = 1[|THR_it| > tau] (1 + p sign THR_it) A_i
+    THR_jt = (2 R_j - 1) s_jt,   s_jt = g_jt' M h_jt,   M = sum of 1/|y_i| sum_k g_ik h_ik' over the right i of the group
+    h = what the head reads,   g = onehot(y) - pi_old,   tau = tau_scale min over right i of the mean of s_it over t, at least 0
+A right completion counts in its own score. g keeps the columns of ids that occur in the group. What tau is in this paper could
+not be found: this is its predecessor's (arXiv 2505.18830). The paper also samples groups of equal rewards anew, as dapo.py
+does; here they teach nothing. No code is public. --select random is the control: the same scores at other tokens.
+
+Family: tokens
+Differs from grpo.py in: hidden_rewards, shuffled, token_advantages, train
+Measures: measure
+Costs: the scoring pass goes group by group and hands out hidden states [G, T, H]; then two small matrix products for each
+       group. Nothing of that is kept.
+Run:   python algos/thr.py                                      tiny model, CPU, about a minute
+       python algos/thr.py --p -0.1                             explores
+       python algos/thr.py --model qwen2.5-1.5b                 GSM8K on one GPU
+       torchrun --nproc-per-node 8 algos/thr.py --model qwen2.5-7b
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass
+class Args:
+    model: str = "tiny"
+    """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
+    task: str | None = None
+    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    reward: str | None = None
+    """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
+    prompt_template: str | None = None
+    """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
+    system_prompt: str | None = None
+    """message of the system, for models with a chat template"""
+    seed: int = 1
+    """seed of the prompts' order, the sampling and the minibatches"""
+    steps: int | None = None
+    """rollouts in all; None here and below: the preset of the model"""
+    prompts_per_step: int | None = None
+    """prompts in a rollout, of all processes together (P)"""
+    group_size: int | None = None
+    """G, completions per prompt"""
+    minibatches: int | None = None
+    """optimizer steps per pass over a rollout; with 1 and one epoch the ratio is 1 and most methods are the same"""
+    epochs: int = 1
+    """passes over each rollout"""
+    stale: int = 0
+    """train on rollouts that are this many steps old (0: fresh); the queue is filled before the first update"""
+    lr: float | None = None
+    """AdamW's rate"""
+    warmup_steps: int = 0
+    """steps over which the rate rises to lr"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the rate goes on after that; linear and cosine reach 0 at the last of the steps"""
+    weight_decay: float = 0.0
+    """AdamW's"""
+    max_grad_norm: float = 1.0
+    """the gradient is scaled down to this norm"""
+    beta: float = 0.0
+    """weight of the KL penalty to the starting model; above 0 a frozen reference is kept"""
+    max_new_tokens: int | None = None
+    """longest completion; a longer one is cut and counts as wrong"""
+    stop: tuple[str, ...] = ()
+    """strings that end a completion, besides the end-of-sequence token; they stay in it"""
+    temperature: float = 1.0
+    """of sampling, and of every log-prob; no top-p: samples of a cut distribution are not those that log-probs are of"""
+    format_reward: float = 0.0
+    """added to the reward of a completion that states its answer in a recognised form"""
+    engine: Literal["auto", "hf", "vllm"] = "auto"
+    """who samples: hf (transformers), vllm, or auto (vLLM where it is installed and there is a GPU)"""
+    tis_cap: float = 2.0
+    """truncated importance sampling: cap of pi_old / pi_sampler where the engine is vLLM; 0: off"""
+    tis_level: Literal["token", "sequence"] = "token"
+    """token: a ratio for each; sequence: one for the whole completion, where the objective moves it as one"""
+    vllm_memory: float = 0.45
+    """share of the GPU that vLLM may take while sampling"""
+    vllm_tp: int = 1
+    """neighbouring processes over whose GPUs one vLLM engine is spread (tensor parallelism), for a model too large for one"""
+    eval_every: int | None = None
+    """steps between greedy evaluations; 0: only before and after"""
+    eval_prompts: int = 512
+    """held-out prompts, at most"""
+    eval_samples: int = 0
+    """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
+    eval_temperature: float = 1.0
+    """temperature of these samples"""
+    checkpoint_every: int | None = None
+    """steps between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """run folder to continue"""
+    run_dir: str | None = None
+    """where to write; None: runs/<script>-<seed>-<time>"""
+    push_to_hub: str | None = None
+    """owner/name on the Hugging Face hub that the last checkpoint goes to at the end"""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """who gets the metrics besides TensorBoard"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: a CUDA GPU where there is one, else the CPU"""
+    dtype: Literal["float32", "bfloat16", "float64"] | None = None
+    """of weights and gradients"""
+    optimizer: Literal["adamw", "adamw_sr", "adamw_8bit"] | None = None
+    """adamw_sr rounds bfloat16 weights stochastically; adamw_8bit does, and keeps 8-bit states; both are torchao's"""
+    lora_rank: int = 0
+    """train LoRA layers of this rank instead of all weights; 0: all weights"""
+    lora_alpha: float | None = None
+    """their updates are scaled by alpha / rank; None: twice the rank"""
+    lora_targets: str = "all-linear"
+    """which layers get them: names with commas (q_proj,v_proj), or all-linear"""
+    gradient_checkpointing: bool | None = None
+    """recompute activations in the backward pass"""
+    micro_batch_tokens: int | None = None
+    """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
+
+    # THR
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other", p="-1 < x < 1")
+    eps: float = 0.2
+    """half-width of the clip interval (the paper)"""
+    p: float = 0.1
+    """above 0 tokens that make right answers likelier count more (the paper: 0.1), below 0 less; 0: the mask alone"""
+    tau_scale: float = 1.0
+    """tau in units of the least mean score of a right completion (arXiv 2505.18830: 1); 0: every token with a score learns"""
+    select: Literal["thr", "random"] = "thr"
+    """random: the group's scores are dealt out to its tokens at random, a control with as many tokens of either sign"""
+
+
+# ---------------------------------------------------------------- the objective
+
+
+def advantages(rewards, args):
+    """[P, G] -> [P, G]: z-score in the group, sample std; 0 where all rewards are equal."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True)
+    return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def hidden_rewards(logp, hidden, ids, mask, right, head, args):
+    """Of one group: [G, T], hidden [G, T, H], ids [G, T], mask, right [G] bool, head [V, H] -> (THR [G, T], tau [G])."""
+    words, own = ids[mask].unique(return_inverse=True)
+    h, own, lengths = hidden[mask], own[:, None], mask.sum(1, keepdim=True).clamp(min=1)
+    z = (h @ head[words].T).to(logp.dtype) / args.temperature
+    pi = (z - z.gather(1, own) + logp[mask][:, None]).exp()  # the own logit and log-prob know the normaliser of all V
+    g, h = (-pi).scatter_add(1, own, torch.ones_like(pi)), h.to(pi.dtype)
+    M = (g * (right[:, None] / lengths).expand_as(mask)[mask][:, None]).T @ h
+    s = torch.zeros_like(logp).masked_scatter(mask, ((g @ M) * h).sum(1))
+    means = (s.sum(1, keepdim=True) / lengths)[right & mask.any(1)]
+    tau = args.tau_scale * means.min().clamp(min=0) if len(means) else s.new_zeros(())
+    return (2 * right[:, None] - 1) * s, tau.expand(len(s))
+
+
+def shuffled(thr, mask, seed):
+    """[G, T] each -> [G, T]: the values of the mask in another order."""
+    order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed))
+    return thr.masked_scatter(mask, thr[mask][order.to(thr.device)])
+
+
+def token_advantages(adv, thr, tau, args):
+    """[B, T], THR [B, T], tau [B] -> [B, T]: the advantage of tokens that matter to the right answers, the rest 0."""
+    return adv * (thr.abs() > tau[:, None]) * (1 + args.p * thr.sign())
+
+
+def surrogate(logp, old_logp, adv, mask, args):
+    """[B, T] each -> (objective per token [B, T], to be maximised, stats per token)."""
+    log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - args.eps, 1 + args.eps)
+    objective = torch.min(ratio * adv, clipped * adv)
+    return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
+
+
+def token_weights(mask, args):
+    """[B, T] -> [B, T]: mean over a completion's tokens, then over completions; empty completions do not count."""
+    lengths = mask.sum(1, keepdim=True)
+    return mask / lengths.clamp(min=1) / (lengths > 0).sum().clamp(min=1)
+
+
+def kl_penalty(logp, ref_logp, mask):
+    """[B, T] -> [B, T]: the k3 estimate of KL(pi, pi_ref), never negative. Eq. 4 of arXiv 2402.03300."""
+    log_ratio = (ref_logp - logp).masked_fill(~mask, 0.0).clamp(-20, 20)
+    return log_ratio.exp() - log_ratio - 1
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def measure(meter, batch, adv):
+    """Of tokens that have an advantage [B]: the share that is kept, of positive THR, tau, and how much of what is kept is among
+    the fifth of the rollout's tokens at which the policy was least sure."""
+    from common import gpu
+
+    entropy, thr, tau = batch.columns["old_entropy"], batch.columns["thr"], batch.columns["tau"][:, None]
+    mixed = batch.mask & (adv != 0)[:, None]
+    kept = mixed & (thr.abs() > tau)
+    ordered = gpu.gather(entropy)[gpu.gather(batch.mask)].sort().values
+    forks = entropy > torch.nn.functional.pad(ordered, (1, 0))[int(0.8 * len(ordered))]
+    meter.add(dict(kept=kept.float(), thr_positive=(thr > 0).float(), tau=tau.expand_as(thr)), mixed)
+    meter.add(dict(kept_forks=forks.float()), kept)
+
+
+def train(args):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
+    from common.batch import Meter, minibatches, read
+
+    args, config, device = settings.prepare(__file__, args)
+    tokenizer = models.load_tokenizer(args)
+    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
+    context = models.check_context(config, task, args)
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0))
+    policy = gpu.shard(models.load(args, device))
+    reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
+    optimizer = gpu.make_optimizer(policy, args)
+    run.restore(policy, optimizer)
+    engine = engines.make_engine(policy, tokenizer, args, context)
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+
+    def evaluate():
+        return rollout.evaluate(engine, scorer, tokenizer, task, args)
+
+    for step in run.steps(policy, optimizer, evaluate):
+        # Rollout: P prompts over all processes, G completions each.
+        engine.wake()
+        prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
+        batch = rollout.collect(engine, scorer, tokenizer, prompts, args, step + len(run.queue))
+        engine.sleep()
+        run.state["cursor"] += args.prompts_per_step
+        run.timed("rollout")
+
+        # Log-probs and THR by the policy that sampled, a group at a time: hidden states are large. Log-probs of the reference.
+        head, found = gpu.whole(policy.lm.lm_head.weight.detach()), []
+        for rows in torch.arange(len(batch.ids), device=batch.ids.device).view(-1, batch.group):
+            logp, entropy, hidden = read(policy, batch, args, rows=rows, layers=["normed"])
+            ids, mask, right = batch.ids[rows, -batch.mask.shape[1] :], batch.mask[rows], batch.accuracy[rows] > 0.5
+            thr, tau = hidden_rewards(logp, hidden, ids, mask, right, head, args)
+            if args.select == "random":
+                thr = shuffled(thr, mask, gpu.hash_seed(args.seed, step, batch.prompt_id[rows[0]].item(), 17))
+            found.append((logp, entropy, thr, tau))
+        batch.old_logp, entropy, thr, tau = map(torch.cat, zip(*found))
+        batch.columns |= dict(old_entropy=entropy, thr=thr, tau=tau)
+        batch.ref_logp = read(reference, batch, args)[0] if reference else None
+        run.timed("old_logp")
+
+        # The newest rollout joins the queue, the oldest is trained on.
+        batch.policy_version.fill_(step)
+        run.queue.append(batch)
+        if len(run.queue) <= args.stale:
+            continue
+        batch = run.queue.pop(0)
+
+        # Advantages over the whole rollout, of all processes.
+        adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
+        batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
+        batch.adv = token_advantages(batch.adv, batch.columns["thr"], batch.columns["tau"], args)
+
+        # Update: the weights of a minibatch are fixed before it is cut into micro-batches.
+        meter = Meter()
+        meter.note(staleness=step - batch.policy_version[0].item())
+        measure(meter, batch, gpu.local(adv.flatten()))
+        for rows, weights in minibatches(batch, args, step, token_weights):
+            batch.weights, loss = weights, 0.0
+            for mb in batch.micro_batches(rows, args.micro_batch_tokens):
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature)
+                objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
+                if reference:
+                    stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
+                    objective = objective - args.beta * stats["ref_kl"]
+                micro_loss = -(objective * mb.weights)[mb.trained].sum()
+                micro_loss.backward()
+                loss += micro_loss.item()
+                meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+            grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
+            if run.finite(gpu.total(loss), grad_norm):
+                optimizer.step()
+            optimizer.zero_grad()
+            meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
+        engine.sync()
+        run.timed("update")
+        run.log(meter.result() | rollout.summary(batch), batch)
+
+    run.finish()
+    engine.close()
+    scorer.close()
+    gpu.finish()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from common import settings
+
+    train(settings.parse(Args, __doc__))
