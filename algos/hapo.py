@@ -282,7 +282,7 @@ def train(args):
         n = min(n, share)
         if n:  # else the last round is measured; its advantages are 0, and no update is made
             batch = batch.join(kept).groups(torch.arange(n))
-        batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+            batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
         engine.sleep()
         run.timed("rollout")
 

@@ -8,6 +8,8 @@ from tests.helpers import ROOT, lines, outcome, run, same, tiny
 from tests.test_objectives import SCRIPTS
 
 __all__ = ["tiny"]
+# Whose schedule is a share of the --steps that a run is begun with, which halves begin with fewer of: here without it.
+STILL = dict(d3s="--rows-last 0.25 --tokens-last 0.2".split())
 SMALL = "--prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8 --checkpoint-every 1".split()
 
 
@@ -29,7 +31,7 @@ def halves(name, tmp_path, half, *argv):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_halves_are_the_whole(name, tmp_path, tiny):
-    rows = halves(name, tmp_path, 1)
+    rows = halves(name, tmp_path, 1, *STILL.get(name, ()))
     assert [r["step"] for r in rows] == [1, 2]
     assert any(r["grad_norm"] > 0 for r in rows) and rows[0]["entropy"] > 0
 

@@ -31,8 +31,9 @@ def batch(B=6, T=5, seed=0, spread=0.3):
     entropy, score = (torch.rand(B, T, generator=g) * 2 for _ in range(2))
     h = torch.rand(B, T, generator=g) * 2 - 1
     proxy, protected = logp + torch.rand(B, T, generator=g), mask & (adv < 0) & (torch.rand(B, T, generator=g) < 0.5)
+    conflict, selected = (torch.rand(B, T, generator=g) * 2 for _ in range(2))
     b = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=entropy, score=score, h=h, completion=mask)
-    return b | dict(proxy=proxy, protected=protected)
+    return b | dict(proxy=proxy, protected=protected, conflict=conflict, selected=selected)
 
 
 def unprotected(b):
@@ -99,7 +100,7 @@ def test_garbage_in_masked_positions_changes_nothing(script, own):
     loss, grad = loss_and_gradient(script, b, args)
     for garbage in (1e4, -1e4, float("inf"), float("nan")):
         other = dict(b)
-        for k in ("logp", "old_logp", "entropy", "score", "h", "proxy"):
+        for k in "logp old_logp entropy score h proxy conflict selected".split():
             other[k] = torch.where(b["mask"], b[k], torch.tensor(garbage))
         loss2, grad2 = loss_and_gradient(script, other, args)
         assert torch.equal(loss, loss2), garbage
