@@ -240,9 +240,6 @@ def kl_penalty(logp, ref_logp, mask):
     return log_ratio.exp() - log_ratio - 1
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def measure(meter, batch, state):
     """Of groups that are easy, medium and hard by their accuracy: their share, N, lambda, accuracy, length and KL weight; 0 of
     those that there are none of. And the tau of the next rollout."""
@@ -254,6 +251,9 @@ def measure(meter, batch, state):
         meter.add({f"kl_weight_{name}": batch.columns["kl_weight"]}, batch.mask & (bucket == d)[:, None])
         meter.add({f"share_{name}": (bucket == d).float()}, bucket >= 0)
     meter.note(tau=state["tau"])
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def train(args):

@@ -196,15 +196,15 @@ def kl_penalty(logp, ref_logp, mask):
     return log_ratio.exp() - log_ratio - 1
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def measure(meter, mb):
     """The share of tokens that are selected, and the old entropy of these and of the others."""
     selected, old = mb.trained & (mb.weights > 0), mb.columns["old_entropy"]
     meter.add(dict(selected=selected.float()), mb.trained)
     meter.add(dict(entropy_selected=old, entropy_selected_min=old), selected)
     meter.add(dict(entropy_rest=old), mb.trained & ~selected)
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def train(args):

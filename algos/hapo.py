@@ -232,9 +232,6 @@ def kl_penalty(logp, ref_logp, mask):
     return log_ratio.exp() - log_ratio - 1
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def measure(meter, mb, logp, args):
     """h and the temperature of the sampled tokens; how many ratios a uniform interval would have cut: among sure tokens on the
     left, among unsure ones on the right; and the advantages' sum, which B keeps at 0."""
@@ -242,6 +239,9 @@ def measure(meter, mb, logp, args):
     meter.add(dict(h=h, h_min=h, unsure=(h > 0).float(), heat=1 + args.tau * args.ats * h, adv_per_token=mb.adv), mb.trained)
     meter.add(dict(left_of_sure=(ratio < 1 - args.eps_low).float()), mb.trained & (h <= 0))
     meter.add(dict(right_of_unsure=(ratio > 1 + args.eps_high).float()), mb.trained & (h > 0))
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def train(args):

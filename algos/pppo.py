@@ -238,13 +238,13 @@ def kl_penalty(logp, ref_logp, mask):
     return log_ratio.exp() - log_ratio - 1
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def measure(meter, batch, eta):
     """The share of tokens that is trained on, and how large it should be."""
     meter.add(dict(trained=batch.trained.float()), batch.columns["completion"])
     meter.note(eta=eta)
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def train(args):

@@ -191,9 +191,6 @@ def kl_penalty(logp, ref_logp, mask):
     return log_ratio.exp() - log_ratio - 1
 
 
-# ---------------------------------------------------------------- the loop
-
-
 def measure(meter, batch, adv):
     """Of tokens that have an advantage [B]: the share that is kept, of positive THR, tau, and how much of what is kept is among
     the fifth of the rollout's tokens at which the policy was least sure."""
@@ -206,6 +203,9 @@ def measure(meter, batch, adv):
     forks = entropy > torch.nn.functional.pad(ordered, (1, 0))[int(0.8 * len(ordered))]
     meter.add(dict(kept=kept.float(), thr_positive=(thr > 0).float(), tau=tau.expand_as(thr)), mixed)
     meter.add(dict(kept_forks=forks.float()), kept)
+
+
+# ---------------------------------------------------------------- the loop
 
 
 def train(args):

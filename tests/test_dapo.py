@@ -88,3 +88,13 @@ def test_checks_that_were_killed_are_counted(tmp_path, monkeypatch):
     for row in rows:
         rounds = row["generated"] / 32
         assert row["groups"] == 8 and row["reward_timeouts"] == 3 * rounds
+
+
+def test_nothing_is_learnt_where_no_group_teaches(tmp_path):
+    """All are wrong, and of different lengths: the length penalty tells them apart, and makes no update of its own."""
+    (tmp_path / "mine.py").write_text("def score(text, answer):\n    return 0.0\n")
+    small = dict(steps=1, prompts_per_step=4, group_size=4, eval_prompts=4, minibatches=2, checkpoint_every=0)
+    flags = dict(reward=f"{tmp_path / 'mine.py'}:score", max_gen_batches=1, overlong_share=1.0, run_dir=str(tmp_path / "run"))
+    dapo.train(dapo.Args(**small, **flags))
+    (row,) = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert row["groups"] == 0 and row["adv_max"] == row["adv_min"] == row["loss"] == 0 and row["reward"] == 0
