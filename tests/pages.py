@@ -102,21 +102,31 @@ def setting(command, text):
 
 def verdict(lesson, base_text, found):
     """better, worse or equal on which data, by what records() has found. Both sides stand in the same record
-    and ran on the same data, without flags of their own."""
+    and ran on the same data; a script that has flags of its own there is told with them."""
     words = {"better": [], "worse": [], "equal": []}
     for command, summary in found:
         sides = []
         for script, text in ((lesson.name, lesson.text), (lesson.base, base_text)):
             data, others = setting(command, text)
-            after = f" with {others}" if others else ""
-            items = [i for i in summary if re.fullmatch(rf"{script}(@[^,]*)?", i)]
-            sides.append({(i.partition("@")[2] or data) + after: summary[i] for i in items})
-        for data in [d for d in sides[0] if d in sides[1]]:
-            mine, theirs = sides[0][data], sides[1][data]
+            sides.append({i.partition("@")[2] or data: i for i in items(summary, script)})
+        after = f" with {others}" if others else ""
+        for place, item in sides[0].items():
+            data, _, own = place.partition(",")
+            if data not in sides[1]:
+                continue
+            mine, theirs = summary[item], summary[sides[1][data]]
+            said = data + after + (f" ({own.replace(',', ', ')})" if own else "")
             for measure in [m for m in MEASURES if m in mine and m in theirs][:1]:
-                words[compare(mine[measure], theirs[measure])].append(data)
+                words[compare(mine[measure], theirs[measure])].append(said)
     said = [f"{word} on {' and '.join(dict.fromkeys(data))}" for word, data in words.items() if data]
     return ", ".join(said) or "not compared"
+
+
+def items(summary, script):
+    """A script's items without flags of their own; where there are none the first on each data."""
+    mine = [i for i in summary if re.fullmatch(rf"{script}(@.*)?", i)]
+    first = {i.partition(",")[0]: i for i in reversed(mine)}
+    return [i for i in mine if "," not in i] or list(first.values())[::-1]
 
 
 def compare(mine, theirs):
