@@ -1,20 +1,22 @@
 """ARES: "Multimodal Adaptive Reasoning via Difficulty-Aware Token-Level Entropy Shaping", its RL stage AEPO (Adaptive Entropy
 Policy Optimization). Chen et al., arXiv 2510.08457 (2025).
 
-Idea: hesitate less on easy prompts and more on hard ones. Stretches in which the policy stays unsure are counted, and a wrong
-completion loses reward for more of them than usual where its group is mostly right, for fewer where it is mostly wrong. Inside
-such stretches the penalty that holds the policy to the starting model is relaxed.
+Idea: hesitate less on easy prompts and more on hard ones. Windows in which the policy stays unsure are counted, and a wrong
+completion loses reward for more of them than usual where its group is mostly right, for fewer where it is mostly wrong, for
+either in between. Inside such windows the penalty that holds the policy to the starting model is relaxed.
 
 Objective, to be maximised (DAPO's, with another reward and a weighted penalty; equation numbers not at hand):
     J = 1/sum_i |y_i| sum_i sum_t [ min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta beta_d rho_t k3(pi, pi_ref) ]
-    R = 1 where right, else -lambda_d g_d(D),   D = N - target_d,   N = number of t with (H_t + ... + H_{t+w-1}) / w > tau
-    g = max(0, D) easy, |D| medium, max(0, -D) hard;   lambda_d = max(0, (mean N - target_d) / (var N + 1e-6)), at most 1
-    easy: at least 6/8 of the group right, medium: at least 3/8;   rho_t = rho inside a stretch above tau, 1 elsewhere
-The reward is the paper's; the authors' code has another one, no rho, and a beta_d that adapts. The paper also branches
-rollouts, which neither that code does nor this; this has no images and no dual clip. With a target from the same rollout lambda
-would be 0: target and tau are means over those before it. For hard groups the difference in lambda is turned round, so that too
-few stretches activate it (our reading). tau is the mean over completions of a quantile of their windows, as in the code; the
-paper's is of single entropies (--tau-of tokens), which no window exceeds where forks stand alone, as on route: then N is 0.
+    R = 1 where right, else -lambda_d g_d(D),   D = N - target_d,   N = number of windows with (H_t + ... + H_{t+w-1}) / w > tau
+    g = max(0, D) easy, |D| medium, max(0, -D) hard;   lambda_d = clip((mean N - target_d) / (var N + 1e-6), 0, 1), - if hard
+    d: easy if at least 6/8 of the group is right, medium if 3/8, else hard; mean and var over the completions in d
+    rho_t = rho inside a window above tau, 1 elsewhere
+
+The reward is the paper's; the authors' code has another one, no rho, and a beta_d that adapts. The paper also branches;
+that code does not, nor does this script, which has no images and no dual clip either. If target_d were this rollout's mean N,
+lambda would be 0: target and tau are running means over the rollouts before. For hard groups the difference in lambda is turned
+round, so that too few windows activate it (our reading). tau averages, over completions, a quantile of window means, as in the
+code; the paper takes it of single entropies (--tau-of tokens). On route unsure tokens stand alone: N would be 0.
 
 Family: tokens
 Differs from dapo.py in: beta, window_entropy, quantiles, difficulty, assigned, shaping, kl_weights, train
@@ -165,7 +167,7 @@ def advantages(rewards, args):
 
 
 def overlong_penalty(lengths, args):
-    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13 of arXiv 2503.14476."""
     L_c = max(1.0, args.overlong_share * args.max_new_tokens)
     return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
 
@@ -176,15 +178,16 @@ def informative(accuracy, args):
 
 
 def window_entropy(entropy, mask, args):
-    """[B, T] each -> [B, T]: the mean over a token and the w - 1 after it; -inf where the completion ends before."""
+    """[B, T] each -> [B, T]: the mean over a token and the w - 1 after it; -inf where the completion ends before the window."""
     more, w = (0, args.window - 1), args.window
     mean = torch.nn.functional.pad(entropy, more).unfold(1, w, 1).mean(-1)
     return mean.masked_fill(~torch.nn.functional.pad(mask, more).unfold(1, w, 1).all(-1), float("-inf"))
 
 
 def quantiles(entropy, windows, mask, args):
-    """[B, T] each -> a list of the rows' quantiles, of those that have windows, or tokens."""
-    values, none = windows if args.tau_of == "windows" else entropy.masked_fill(~mask, float("-inf")), float("-inf")
+    """[B, T] each -> the quantile of each row, as a list; rows without a window (or token) are left out."""
+    none = float("-inf")
+    values = windows if args.tau_of == "windows" else entropy.masked_fill(~mask, none)
     return [row[row > none].quantile(args.percentile).item() for row in values if (row > none).any()]
 
 
@@ -195,7 +198,7 @@ def difficulty(right):
 
 
 def assigned(bucket, args, seed):
-    """[P] -> [P]: as it is, or in an order that the seed draws."""
+    """[P] -> [P]: as it is, or with --buckets shuffled permuted by the seed."""
     order = torch.randperm(len(bucket), generator=torch.Generator().manual_seed(seed)).to(bucket.device)
     return bucket if args.buckets == "accuracy" else bucket[order]
 
@@ -215,7 +218,7 @@ def shaping(counts, right, bucket, targets, args):
 
 
 def kl_weights(high, bucket, args):
-    """Which windows are above tau [B, T] bool, by their first token, and the rows' buckets [B] -> beta_d rho_t [B, T]."""
+    """High [B, T] bool, at a window's first token, and buckets [B] -> beta_d rho_t [B, T]: rho in all of a high window."""
     inside = torch.nn.functional.pad(high, (args.window - 1, 0)).unfold(1, args.window, 1).any(-1)
     return torch.tensor(args.bucket_beta, device=bucket.device)[bucket][:, None] * (1 - (1 - args.rho) * inside.float())
 

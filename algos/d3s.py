@@ -6,15 +6,16 @@ much was at stake: a large advantage, and a policy that was not sure. The rest c
 shares grow during training, since what is left out for ever is never learnt and what is seen too often is learnt by heart.
 
 Objective, to be maximised (equation numbers not at hand; no code is public):
-    J = 1/Z sum_{(i,t) in T} min(r A, clip(r, 1 - eps, 1 + eps) A),   A as in grpo.py, not centred or scaled again
-    S = the N of all completions of the rollout with the largest variance of A: the i largest and the N - i smallest, for some i
-    T = the share K of the tokens of S, rounded up, with the largest |A_i| H_it,   H = entropy of pi_old
-    N and K go linearly from their first to their last values with step / steps;   Z: tokens of T in the minibatch
-The shares' values and Z could not be found: they are ours, and with --token-norm all Z is the number of all tokens of S. Chance
-decides between equal advantages. Completions with A = 0 would fill S up where others are few: they are dropped, and N is less
-in that step. H is of the pass before the update, so that there is one ranking for the rollout. A resumed run keeps the steps
-that it was begun with. The paper's arms: --select group (the same in each group alone), both token shares 1 (no T), the last
-shares as the first (no schedule); --select random is the control.
+    J = 1/Z sum_{(i,t) in U} min(r A, clip(r, 1 - eps, 1 + eps) A),   A as in grpo.py, not centred or scaled again on S
+    S = the N completions of the rollout whose A have the largest variance: the k largest and the N - k smallest, at the best k
+    U = the share K of the tokens of S, rounded up, with the largest |A_i| H_it,   H = entropy of pi_old
+    N and K go linearly from their first to their last values with step / steps;   Z: tokens of U in the minibatch
+
+The shares' values and Z could not be found: they are ours; with --token-norm all Z is the number of all tokens of S. Ties in A
+are broken at random. Where too few completions have A != 0, those with A = 0 would fill S up: they are dropped, and N is less
+in that step. H is read once, before the first update, so that the whole rollout has one ranking. A resumed run keeps the
+schedule of the --steps that it began with. The paper's ablations: --select group (S within each group), both token shares 1
+(no U), last shares equal to the first (no schedule); --select random is the control.
 
 Family: tokens
 Differs from grpo.py in: shares, widest, chosen, stakes, token_weights, train
@@ -161,7 +162,7 @@ def shares(progress, args):
 
 
 def widest(adv, n, shuffle):
-    """A [m], an order of equals -> the numbers [n] of those whose variance is largest."""
+    """A [m], a permutation that breaks ties -> the indices [n] of those whose variance is largest."""
     value = adv.cpu().double().round(decimals=4)  # equal, but for the last bits, is equal
     order = shuffle[value[shuffle].argsort(descending=True, stable=True)]
     i, j = torch.arange(n + 1)[:, None], torch.arange(n)
@@ -170,7 +171,7 @@ def widest(adv, n, shuffle):
 
 
 def chosen(adv, share, args, chance):
-    """S, A [P, G] and a generator -> [P, G] bool: so large a share of all, or of each group."""
+    """A [P, G], N as a share, a generator -> S [P, G] bool: that share of all, or of each group."""
     rows = adv if args.select == "group" else adv.view(1, -1)
     found, n = torch.zeros_like(rows, dtype=torch.bool), max(1, round(share * rows.shape[1]))
     for taken, row in zip(found, rows):
@@ -180,7 +181,7 @@ def chosen(adv, share, args, chance):
 
 
 def stakes(adv, entropy, mask, share):
-    """T, [B, T] each, mask that of S -> [B, T]: 1 for the share of its tokens with the largest |A| H; none if all are 0."""
+    """A, H, S's mask [B, T] -> U [B, T]: 1 for the share of S's tokens with the largest |A| H; none if all are 0."""
     key = (adv.abs() * entropy).masked_fill(~mask, float("-inf")).flatten()
     k = int(share * mask.sum().item() + 1 - 1e-6) if (key > 0).any() else 0
     order = key.argsort(descending=True, stable=True)
@@ -209,7 +210,7 @@ def kl_penalty(logp, ref_logp, mask):
 
 
 def measure(meter, adv, sample, keep, selected, mask):
-    """Numbers of completions and prompts trained on, variance of their A, share of S that has one, share of tokens trained."""
+    """Numbers of completions and prompts trained on, variance of their A, share of S with A != 0, share of tokens trained."""
     kept = adv[keep]
     meter.note(kept=len(kept), prompts=int(keep.any(1).sum()), adv_var=kept.var(correction=0).nan_to_num().item())
     meter.note(useful=len(kept) / int(sample.sum()), trained=int(selected.sum()) / max(1, int(mask.sum())))
@@ -263,7 +264,7 @@ def train(args):
         adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)
         batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 
-        # Down-sampling: completions, then tokens of these, over the whole rollout, too.
+        # Down-sampling over the whole rollout: completions, then their tokens.
         rows_share, tokens_share = shares(step / run.state.setdefault("planned", args.steps), args)
         chance = torch.Generator().manual_seed(gpu.hash_seed(args.seed, step, 17))
         sample = chosen(adv, rows_share, args, chance)

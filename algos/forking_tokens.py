@@ -152,7 +152,7 @@ def advantages(rewards, args):
 
 
 def overlong_penalty(lengths, args):
-    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13 of arXiv 2503.14476."""
     L_c = max(1.0, args.overlong_share * args.max_new_tokens)
     return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
 

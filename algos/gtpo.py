@@ -8,18 +8,19 @@ neither clipping nor a reference model.
 Objective, to be maximised (equation numbers not at hand):
     J = 1/B sum_i delta_i (A_i - gamma H_i) 1/|y_i| sum_t r lambda_it,   r = pi / sg[pi]: its value is 1, its gradient log pi's
     A = R - mean R over the group,   H_i = mean entropy of the policy over the tokens of y_i, in nats, a constant
-    delta_i = 1[H_i <= ln 2], or 1 for all where the mean H of the initial policy was above ln 2
-    lambda_it: a token is in conflict where a completion with A > 0 and one with A < 0 have it at the same place, counted from
-    the start or from the end; in the unbroken run of such tokens at the start, and in that at the end, lambda is 2 (A > 0) or 0
-    (A < 0); 1 elsewhere; both factors where the runs overlap
-This is the formula; the authors' code sums over a group, divides by the number of conflict tokens too, compares with 0.7 and
-has no exception for the initial policy. Groups with equal rewards are left out here: all that the formula says to them is
--gamma H. The paper updates once per rollout (--minibatches 1); grpo.py's minibatches are kept: H and lambda are then those
-before the first of them, the ratio is 1 at each. The paper's gamma is for rewards up to 20; with 0 and 1 no right completion
-gets a negative advantage while gamma ln 2 < 1/G (G at most 14).
+    delta_i = 1[H_i <= ln 2], or 1 for all if the initial policy's mean H (that of the first rollout) was above ln 2
+    lambda_it: a token is in conflict if a completion with A > 0 and one with A < 0 have it at the same place, counted from the
+    start or from the end. Lambda is 2 (A > 0) or 0 (A < 0) in the unbroken run of conflicts at the start, and at the end; where
+    the runs overlap it is squared; elsewhere 1
+
+This is the formula; the authors' code sums over a group, divides by the number of conflict tokens too, has 0.7 for ln 2 and no
+exception for the initial policy. Groups with equal rewards are left out here: the formula says only -gamma H of them. The paper
+updates once per rollout (--minibatches 1). grpo.py's minibatches are kept: H and lambda stay those of the rollout, and nothing
+corrects for pi moving on, since r is always 1. The paper's gamma is for rewards up to 20. With 0 and 1 a right completion has
+A >= 1/G, so that its advantage stays positive if gamma ln 2 < 1/G: for G up to 14.
 
 Family: tokens
-Differs from grpo.py in: advantages, mean_entropy, certain, shaped, shared_run, conflicts, surrogate, token_weights, train
+Differs from grpo.py in: advantages, mean_entropy, admitted, shaped, shared_run, conflicts, surrogate, token_weights, train
 Measures: measure
 Costs: nothing extra: the scoring pass has the entropies.
 Run:   python algos/gtpo.py                                     tiny model, CPU, about a minute
@@ -153,7 +154,7 @@ def mean_entropy(entropy, mask):
     return entropy.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def certain(entropy, initial, args):
+def admitted(entropy, initial, args):
     """delta_i, H_i [P, G] and the initial policy's mean -> [P, G] bool."""
     return (entropy <= args.max_entropy) | (initial > args.max_entropy)
 
@@ -164,19 +165,19 @@ def shaped(adv, entropy, delta, args):
 
 
 def shared_run(ids, mask, adv):
-    """[P, G, T] twice, [P, G] -> [P, G, T]: 1 in the unbroken run from the start on of what right and wrong ones have there."""
+    """ids, mask [P, G, T], A [P, G] -> [P, G, T]: 1 in the run of conflict tokens that begins at the first one, else 0."""
     same = (ids[:, :, None] == ids[:, None]) & mask[:, :, None] & mask[:, None]  # [P, G, G, T], each with each
     right, wrong = ((same & side[:, None, :, None]).any(2) for side in (adv > 1e-6, adv < -1e-6))
     return (right & wrong).cumprod(2)
 
 
 def conflicts(ids, mask, adv, args):
-    """lambda, of whole groups [B, T] twice, A [P, G] -> [B, T]; 1 in the padding."""
+    """ids, mask [B, T] of whole groups, A [P, G] -> lambda [B, T]; 1 in the padding."""
     ids, mask = (x.unflatten(0, adv.shape) for x in (ids, mask))
     mirror = (mask.sum(2, keepdim=True) - 1 - torch.arange(mask.shape[2], device=mask.device)).clamp(min=0)
     suffix = shared_run(ids.gather(2, mirror), mask, adv).gather(2, mirror) * mask  # reversed, and back
     weight = torch.where(adv > 1e-6, args.conflict_right, torch.where(adv < -1e-6, args.conflict_wrong, 1.0))
-    return (weight[:, :, None] ** (shared_run(ids, mask, adv) + suffix)).flatten(0, 1)
+    return (weight[:, :, None] ** (shared_run(ids, mask, adv) + suffix)).flatten(0, 1)  # 0 ** 0 is 1: outside the runs
 
 
 def surrogate(logp, old_logp, adv, mask, args):
@@ -255,7 +256,7 @@ def train(args):
         completions = batch.ids[:, -batch.mask.shape[1] :]
         batch.columns["conflict"] = conflicts(completions, batch.mask, gpu.local(adv), args)
         entropy = gpu.gather(mean_entropy(batch.columns["old_entropy"], batch.mask)).view_as(adv)
-        delta = certain(entropy, run.state.setdefault("initial_entropy", entropy.mean().item()), args)
+        delta = admitted(entropy, run.state.setdefault("initial_entropy", entropy.mean().item()), args)
         adv = shaped(adv, entropy, delta, args)
         batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 

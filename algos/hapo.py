@@ -7,21 +7,22 @@ A completion's advantage is taken over the tokens of its group, so that long wro
 
 Objective, to be maximised (equation numbers not at hand):
     h = d / max d where d > 0, else d / |min d|, in [-1, 1],   d = log H - Q(log H), H: entropy, Q: the rho-quantile
-    A. sampling at temperature T (1 + tau h), with Q, max d and min d of the rollout before
-    B. A = (R - mu) / sigma, mean and std over the tokens of the group
-    C. A_hat = A (1 + h)  where h > 0 and r has left the neutral zone, or h <= 0 and r is in it; else A
-       neutral zone: 1 - eps_L / 2 < r < 1 + eps_R / 2
-    D. eps_L = eps_low (1 - min(h, 0)),   eps_R = eps_high (1 + max(h, 0))
-    J = 1/sum_i |y_i| sum_i sum_t min(r A_hat, clip(r, 1 - eps_L, 1 + eps_R) A_hat), at least 10 A_hat where A_hat < 0
-The released code's h is never negative (it divides a negative number by a negative one); this is the sign that the paper
-describes. H is that of the policy that sampled, and h one scale for the whole rollout: the released code takes both anew in
-every micro-batch. As there, a group in which some |A| is 5 or more has DAPO's advantages.
+    ATS: sampling at temperature T (1 + tau h), with Q, max d and min d of the rollout before
+    TGA: A = (R - mu) / sigma, mean and std over the tokens of the group: a completion counts |y_i| times
+    DAR: A_hat = A (1 + h)  where h > 0 and r is outside the neutral zone, or h <= 0 and r is inside; else A
+         neutral zone: 1 - eps_L / 2 < r < 1 + eps_R / 2
+    AAC: eps_L = eps_low (1 - min(h, 0)),   eps_R = eps_high (1 + max(h, 0))
+    J = 1/sum_i |y_i| sum_i sum_t m,   m = min(r A_hat, clip(r, 1 - eps_L, 1 + eps_R) A_hat), at least 10 A_hat where A_hat < 0
+
+In the authors' code h is never negative (it divides d < 0 by min d < 0); here it has the sign that the paper describes. H is
+the sampling policy's, and Q, max d and min d are the whole rollout's; their code has those of a micro-batch. As there, a group
+with some |A| >= 5 has DAPO's advantages, and DAPO's filter is off (--max-gen-batches 10: on).
 
 Family: tokens
 Differs from dapo.py in: advantages, entropy_scale, entropy_signal, heat, surrogate, train
 Measures: measure
-Costs: an entropy over the vocabulary at every sampled token. Samples are of the heated policy, ratios of the plain one, as in
-       the released code; with vLLM truncated importance sampling corrects for that as well (--tis-cap 0: it does not).
+Costs: an entropy over the vocabulary at every sampled token. Samples come from the heated policy, but pi_old is at temperature
+       T, as in the authors' code; with vLLM truncated importance sampling corrects for this, too (unless --tis-cap 0).
 Run:   python algos/hapo.py                                     tiny model, CPU, about two minutes
        python algos/hapo.py --model qwen2.5-1.5b                GSM8K on one GPU
        torchrun --nproc-per-node 8 algos/hapo.py --model qwen2.5-7b
@@ -144,37 +145,37 @@ class Args:
     rho: float = 0.8
     """the quantile of log entropies from which h is positive (the authors' script)"""
     entropy_floor: float = 1e-4
-    """least entropy in a log, in nats (the authors' code: 1e-8, where one certain token sets the scale of all sure ones)"""
+    """least entropy in a log, in nats (the authors' code: 1e-8, where the single surest token sets |min d|)"""
     tau: float = 0.1
-    """A: the temperature goes from 1 - tau to 1 + tau times its value (the paper; 0.05 in the authors' script)"""
+    """ATS: the temperature goes from 1 - tau to 1 + tau times its value (the paper; 0.05 in the authors' script)"""
     ats: bool = True
-    """A, adaptive temperature sampling"""
+    """adaptive temperature sampling"""
     tga: bool = True
-    """B, token-level group average"""
+    """token-level group average"""
     dar: bool = True
-    """C, differential advantage redistribution"""
+    """differential advantage redistribution"""
     aac: bool = True
-    """D, asymmetric adaptive clipping"""
+    """asymmetric adaptive clipping"""
 
 
 # ---------------------------------------------------------------- the objective
 
 
 def advantages(rewards, lengths, args):
-    """[P, G] each -> [P, G]: z-score over the tokens of the group, or (B off; or one of 5 or more) over its completions with
-    sample std; 0 where all rewards are equal."""
+    """[P, G] each -> [P, G]: z-score over the group's tokens; DAPO's, over its completions, with TGA off or some
+    |A| >= 5; 0 where all rewards are equal."""
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)
     plain = torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
     share = lengths / lengths.sum(1, keepdim=True).clamp(min=1)
-    over_tokens = rewards - (share * rewards).sum(1, keepdim=True)
-    sigma = (share * over_tokens**2).sum(1, keepdim=True).sqrt()
-    adv = torch.where(std > 1e-6, over_tokens / (sigma + 1e-6), torch.zeros_like(rewards))
+    from_mean = rewards - (share * rewards).sum(1, keepdim=True)
+    sigma = (share * from_mean**2).sum(1, keepdim=True).sqrt()
+    adv = torch.where(std > 1e-6, from_mean / (sigma + 1e-6), torch.zeros_like(rewards))
     return torch.where((adv.abs().amax(1, keepdim=True) < 5) & args.tga, adv, plain)
 
 
 def overlong_penalty(lengths, args):
-    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13 of arXiv 2503.14476."""
     L_c = max(1.0, args.overlong_share * args.max_new_tokens)
     return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
 
@@ -201,7 +202,7 @@ def entropy_signal(entropy, scale, args):
 
 
 def heat(logits, scale, args):
-    """Logits [b, V] of the next token -> temperatures [b]. A."""
+    """Logits [b, V] of the next token -> temperatures [b]. ATS."""
     entropy = torch.special.entr((logits.float() / args.temperature).softmax(-1)).sum(-1)
     return args.temperature * (1 + args.tau * entropy_signal(entropy, scale, args))
 
@@ -211,13 +212,13 @@ def surrogate(logp, old_logp, adv, mask, args, h):
     log_ratio = (logp - old_logp).masked_fill(~mask, 0.0).clamp(-20, 20)
     ratio = log_ratio.exp()
     h = h.masked_fill(~mask, 0.0)
-    low = args.eps_low * (1 - args.aac * h.clamp(max=0))  # D
+    low = args.eps_low * (1 - args.aac * h.clamp(max=0))  # AAC
     high = args.eps_high * (1 + args.aac * h.clamp(min=0))
     neutral = (ratio > 1 - low / 2) & (ratio < 1 + high / 2)
-    adv = torch.where((neutral == (h <= 0)) & args.dar, adv * (1 + h), adv)  # C
+    adv = torch.where((neutral == (h <= 0)) & args.dar, adv * (1 + h), adv)  # DAR
     clipped = ratio.clamp(1 - low, 1 + high)
     objective = torch.min(ratio * adv, clipped * adv)
-    objective = torch.where(adv < 0, objective.clamp(min=10 * adv), objective)
+    objective = torch.where(adv < 0, torch.max(objective, 10 * adv), objective)  # the authors' dual clip
     return objective, dict(clip_fraction=(clipped * adv < ratio * adv).float())
 
 
@@ -233,8 +234,8 @@ def kl_penalty(logp, ref_logp, mask):
 
 
 def measure(meter, mb, logp, args):
-    """h and the temperature of the sampled tokens; how many ratios a uniform interval would have cut: among sure tokens on the
-    left, among unsure ones on the right; and the advantages' sum, which B keeps at 0."""
+    """h, the temperature's factor, the advantages' mean (0 with TGA); the shares of ratios that DAPO's interval would have cut:
+    below it of sure tokens, above it of unsure ones."""
     h, ratio = mb.columns["h"], (logp.detach() - mb.old_logp).exp()
     meter.add(dict(h=h, h_min=h, unsure=(h > 0).float(), heat=1 + args.tau * args.ats * h, adv_per_token=mb.adv), mb.trained)
     meter.add(dict(left_of_sure=(ratio < 1 - args.eps_low).float()), mb.trained & (h <= 0))
@@ -271,7 +272,7 @@ def train(args):
         # Rollout: P prompts over all processes, G completions each, until every process has its share of informative groups.
         engine.wake()
         share, kept, n, rounds, right = args.prompts_per_step // gpu.world(), [], 0, 0, 0
-        temperature = hot if args.ats and "scale" in run.state else None
+        temperature = hot if args.ats and "scale" in run.state else None  # the first rollout has none
         while not rounds or n < share and rounds < args.max_gen_batches:
             prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
             batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"], temperature=temperature)

@@ -1,20 +1,21 @@
 """Lp-Reg: "Low-probability Tokens Sustain Exploration in Reinforcement Learning with Verifiable Reward". Huang et al., Tencent,
 arXiv 2510.03222 (2025).
 
-Idea: do not let wrong answers wipe out the rare tokens that other answers begin with. A proxy is made of the policy that
-sampled: tokens far below the most likely one count as noise and lose their probability to the rest. The least likely tokens of
-wrong completions that are no noise are pulled up towards this proxy, while the advantage pushes them down as ever.
+Idea: do not let wrong answers wipe out rare tokens from which other answers could start. A proxy is made of the policy that
+sampled: tokens far below the most likely one count as noise and lose their probability to the rest. Of wrong completions' least
+likely tokens, those that are not noise are pulled up towards this proxy; the advantage still pushes them down, unclipped.
 
 Objective, to be maximised (equation numbers not at hand):
-    J = 1/sum_i |y_i| sum_i sum_t min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), but r A - proxy_beta K for tokens in S
-    K = e^l - l - 1, at most 10,   l = log q - log pi;   its gradient is on average that of KL(q, pi)
+    J = 1/sum_i |y_i| sum_i sum_t m,   m = r A - proxy_beta K in S, else min(r A, clip(r, 1 - eps_low, 1 + eps_high) A)
+    K = e^l - l - 1, at most 10,   l = log q - log pi;   over y ~ pi its gradient is that of KL(q, pi)
     q = pi_old over its sum on the tokens v with pi_old(v) >= kappa max_u pi_old(u), else 0
-    S = tokens with A < 0 that are among the share rho of these that is least likely under pi, and have log pi < log q
+    S = of the tokens with A < 0 the share rho that is least likely under pi; of these, those with pi < q (noise has q = 0)
     A = (R - mean R) / std R over the group,   r = pi / pi_old
-This is the authors' code, but that it selects within a micro-batch, and nothing where that gives fewer than two tokens: here
-it is the minibatch of all processes. As in their main setting a rollout is used for one update, and the interval is as good as
-open. Then l is -log of the mass that q keeps, and --kappa 0, which keeps all, is a null control: S is empty. --minibatches 8 is
-the variant off policy, where l grows as pi drifts.
+
+As in the authors' code, except that S is selected in the minibatch of all processes; theirs selects in a micro-batch, and
+nothing if that gives fewer than two. As in their main setting a rollout is used for one update, and there is next to no clip.
+Then l is -log of the mass that q keeps, and --kappa 0, which keeps all, is a null control: S is empty. --minibatches 8 is the
+off-policy variant, where l grows as pi drifts.
 
 Family: tokens
 Differs from grpo.py in: proxy_logp, protect, surrogate, token_weights, train
@@ -154,7 +155,7 @@ def advantages(rewards, args):
 
 
 def proxy_logp(targets, logits, args):
-    """targets [n], logits [n, V] of pi_old -> the targets' log pi_old [n] and log q [n]; -1e4 where that is noise."""
+    """targets [n], logits [n, V] of pi_old -> log pi_old and log q of the targets, [n] each; log q of noise is -1e4."""
     logp = logits.log_softmax(-1)
     p = logp.exp()
     noise = p < args.kappa * p.amax(-1, keepdim=True)
@@ -164,7 +165,7 @@ def proxy_logp(targets, logits, args):
 
 
 def protect(now, proxy, adv, mask, args):
-    """[B, T] each, of a whole minibatch -> [B, T] each: the share rho that is least likely, rounded down; S among them."""
+    """Of a minibatch: log pi now, log q, A, mask [B, T] -> the share rho of A < 0 that is least likely now, and of these S."""
     negative = mask & (adv < 0)
     k = int(args.rho * negative.sum().item() + 1e-6)
     order = now.masked_fill(~negative, float("inf")).flatten().argsort(stable=True)
@@ -193,7 +194,7 @@ def kl_penalty(logp, ref_logp, mask):
 
 
 def measure(meter, lowest, protected, now, proxy, adv, mask):
-    """The tokens that could be protected, their number, those that are, and how far these are below the proxy."""
+    """Share of tokens with A < 0, number in the least likely rho of them, share in S, mean K over S."""
     tokens, K = mask.sum().clamp(min=1), kl_penalty(now, proxy, protected).sum() / protected.sum().clamp(min=1)
     meter.note(negatives=((mask & (adv < 0)).sum() / tokens).item(), lowest=lowest.sum().item())
     meter.note(protected=(protected.sum() / tokens).item(), proxy_kl=K.item())
@@ -252,6 +253,7 @@ def train(args):
         meter = Meter()
         meter.note(staleness=step - batch.policy_version[0].item())
         for rows, weights in minibatches(batch, args, step, token_weights):
+            # S needs the whole minibatch of all processes: rows outside it have weight 0, and may keep old_logp.
             now = batch.old_logp
             if args.minibatches * args.epochs > 1 or args.stale:  # else the policy is still the one that sampled
                 now = now.index_copy(0, rows, read(policy, batch, args, rows)[0])

@@ -2,22 +2,23 @@
 Optimization for LLM Reasoning", arXiv 2512.15274 (2025).
 
 Idea: train on the first tokens of a completion alone, since a reasoning that begins badly is seldom mended later. How good a
-beginning is, continuations of it say: the reward is how many of them come out right. When training no longer gains, the
+beginning is, sampled continuations tell: the reward is how many of them come out right. When accuracy stops rising, the
 beginning that is trained on grows.
 
 Objective, to be maximised (equation numbers not at hand; no code is public):
-    J = 1/sum_k |y_k| sum_i sum_t 1[t <= k_i] min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   k_i = max(1, floor(eta |y_i|))
+    J = 1/sum_i |y_i| sum_i sum_t 1[t <= k_i] min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   k_i = max(1, floor(eta |y_i|))
     R_i = 1[y_i is right] + sum_j 1[continuation j of y_i's first k_i tokens is right],   A = (R - mean R) / std R
     eta grows by eta_step, to eta_max, when accuracy has not been above its best for `patience` looks in a row
-The divisor counts all tokens, so the step grows with eta. Groups whose R are all equal are sampled again, as in DAPO; neither
-that nor the patience is stated. The paper looks at accuracy on a validation set; here it is that of `look` rollouts' first
-completions, so that no held-out prompt steers the training.
+
+The divisor counts all tokens, so the gradient grows with eta. Groups whose R are all equal are sampled again, as in DAPO; the
+paper states neither this nor a patience. It looks at the accuracy on a validation set; here it is that of the y_i of `look`
+rollouts, so that no held-out prompt steers the training. R goes from 0 to 1 + continuations.
 
 Family: tokens
 Differs from dapo.py in: informative, prefix_lengths, prefixes, prefix_rewards, chosen, shorten, retention, token_weights, train
 Measures: measure
-Costs: `continuations` further completions for each, from where its prefix ends (an engine's prefix cache reads that once); the
-       old pass and the update see prompts and prefixes alone.
+Costs: `continuations` further completions for each, from where its prefix ends (an engine's prefix cache reads a prefix once);
+       log-probs and update see prompts and prefixes alone.
 Run:   python algos/pppo.py                                     tiny model, CPU, about two minutes
        python algos/pppo.py --model qwen2.5-1.5b                GSM8K on one GPU
        torchrun --nproc-per-node 8 algos/pppo.py --model qwen2.5-7b
@@ -148,9 +149,9 @@ class Args:
     eta_max: float = 0.35
     """what it grows to (the paper)"""
     look: int = 20
-    """rollouts between looks at the accuracy"""
+    """rollouts between looks at the accuracy (ours)"""
     patience: int = 2
-    """looks without a gain before eta grows"""
+    """looks in a row without a gain before eta grows (ours)"""
     part: Literal["first", "last"] = "first"
     """which of its tokens a completion is trained on; the last ones are the paper's control"""
 
@@ -166,7 +167,7 @@ def advantages(rewards, args):
 
 
 def overlong_penalty(lengths, args):
-    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13."""
+    """Tokens per completion -> penalty in [-1, 0], of the same shape. Eq. 13 of arXiv 2503.14476."""
     L_c = max(1.0, args.overlong_share * args.max_new_tokens)
     return ((args.max_new_tokens - L_c - lengths) / L_c).clamp(-1, 0)
 
@@ -187,10 +188,10 @@ def prefixes(batch, eta):
     return [y[:n] for y, n in zip(batch.ids[:, -T:].tolist(), k.tolist())]
 
 
-def prefix_rewards(batch, given, again):
-    """The prefixes, how well each was continued [B, C] -> R [B]. What has ended with its prefix is its own continuation."""
-    ended = torch.tensor([len(y) for y in given], device=again.device) == batch.mask.sum(1)
-    return batch.reward + torch.where(ended, again.shape[1] * batch.accuracy, again.sum(1))
+def prefix_rewards(batch, given, continued):
+    """The prefixes, the accuracy of their continuations [B, C] -> R [B]. What is all prefix has itself for all C of them."""
+    ended = torch.tensor([len(y) for y in given], device=continued.device) == batch.mask.sum(1)
+    return batch.reward + torch.where(ended, continued.shape[1] * batch.accuracy, continued.sum(1))
 
 
 def chosen(mask, eta, args):
@@ -200,14 +201,14 @@ def chosen(mask, eta, args):
 
 
 def shorten(batch, eta, args):
-    """Makes every completion of the batch end with the last token that is trained on; its column completion has all."""
+    """Ends every completion at its last trained token; the column completion keeps the mask of all its tokens."""
     batch.columns["completion"], batch.trained = batch.mask, chosen(batch.mask, eta, args)
     batch.mask = batch.trained.flip(1).cumsum(1).flip(1) > 0
     batch.attention_mask[:, -batch.mask.shape[1] :] = batch.mask
 
 
 def retention(state, accuracy, args):
-    """One rollout's accuracy into state: eta, best (accuracy of a look), stalled (looks since), seen (since the last look)."""
+    """A rollout's accuracy into state; eta grows after args.patience means of args.look of them that are no new best."""
     state["seen"] = [*state["seen"], accuracy]
     if len(state["seen"]) < args.look:
         return
@@ -215,7 +216,7 @@ def retention(state, accuracy, args):
     state["stalled"] = 0 if now > state["best"] else state["stalled"] + 1
     state["best"] = max(now, state["best"])
     if state["stalled"] == args.patience:
-        state["eta"], state["stalled"] = max(state["eta"], min(state["eta"] + args.eta_step, args.eta_max)), 0
+        state["eta"], state["stalled"] = max(state["eta"], min(state["eta"] + args.eta_step, args.eta_max)), 0  # never falls
 
 
 def surrogate(logp, old_logp, adv, mask, args):
@@ -276,9 +277,9 @@ def train(args):
             prompts = gpu.local(task.order(run.state["cursor"], args.prompts_per_step, args.seed))
             batch = rollout.collect(engine, scorer, tokenizer, prompts, args, run.state["cursor"])  # new noise every round
             if args.continuations:
-                given, again = prefixes(batch, progress["eta"]), [p for p in prompts for _ in range(args.group_size)]
+                given, repeated = prefixes(batch, progress["eta"]), [p for p in prompts for _ in range(args.group_size)]
                 noise = gpu.hash_seed(args.seed, run.state["cursor"], 17)
-                more = rollout.collect(engine, scorer, tokenizer, again, args, noise, given, args.continuations)
+                more = rollout.collect(engine, scorer, tokenizer, repeated, args, noise, given, args.continuations)
                 batch.reward = prefix_rewards(batch, given, more.accuracy.view(len(given), -1))
             run.state["cursor"] += args.prompts_per_step
             kept.append(batch.groups(informative(batch.reward.view(-1, batch.group), args).nonzero()[:, 0]))
@@ -332,7 +333,8 @@ def train(args):
             meter.note(loss=gpu.total(loss), grad_norm=grad_norm)
         engine.sync()
         run.timed("update")
-        first, batch.mask = rounds * args.prompts_per_step * args.group_size, batch.columns["completion"]
+        batch.mask = batch.columns["completion"]  # what is logged is of whole completions
+        first = rounds * args.prompts_per_step * args.group_size
         sampled = dict(accuracy=gpu.total(right) / first, generated=first * (1 + args.continuations), groups=n * gpu.world())
         retention(progress, sampled["accuracy"], args)
         run.log(meter.result() | rollout.summary(batch) | sampled, batch)  # accuracy before the filter, as elsewhere

@@ -2,19 +2,21 @@
 and USTC, arXiv 2510.10150 (2025).
 
 Idea: let a token teach less, the more its step would change the policy's entropy. That change can be told before the step is
-made: to reward what is likely or to punish what is not takes entropy away, the opposite adds some. The size of it, up or down,
+made: rewarding a likely token or punishing an unlikely one lowers entropy, the opposite raises it. The size of it, up or down,
 gives every token a weight that is never below lambda_min; all else is GRPO, with the mean over tokens and a wide upper clip.
 
 Objective, to be maximised (equation numbers not at hand):
-    J = 1/sum_i |y_i| sum_i sum_t lambda_it min(r A, clip(r, 1 - eps_low, 1 + eps_high) A),   at least 10 A where A < 0
+    J = 1/sum_i |y_i| sum_i sum_t lambda_it m,   m = min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), at least 10 A where A < 0
     Omega = A (pi / pi_old) (1 - pi) (log pi + H),   pi as it is before the update,   H = entropy of pi_old at the token
     lambda = exp(-k |Omega|),   k = -log lambda_min / max(M, 0.02),   M = max |Omega| over the minibatch;   no gradient
+    that is, lambda = lambda_min^(|Omega| / max(M, 0.02))
     A = (R - mean R) / std R over the group,   r = pi / pi_old
-A token's step changes the entropy about in proportion to -Omega. This is the authors' code, but that they take M within a
-micro-batch: here it is over the minibatch of all processes, so that no cut of it changes anything. The paper's text has no
-floor 0.02, and its fourth version lambda_min = 0.7. With --mapping linear the weight falls from lambda_max to lambda_min as
-|Omega| rises from its least to its greatest; compare that at an equal mean weight. --shuffled, a control, deals the weights out
-anew among the tokens of the minibatch.
+
+A token's step changes the entropy about in proportion to -Omega. As in the authors' code, except that M is over the minibatch
+of all processes, not a micro-batch, so that gradient accumulation changes nothing. The paper's text has no floor 0.02; its
+fourth version has lambda_min = 0.7. With --mapping linear the weight falls from lambda_max to lambda_min as |Omega| rises from
+its least to its greatest; its mean differs from exponential's. --shuffled, a control, permutes the weights among the tokens of
+the minibatch.
 
 Family: tokens
 Differs from grpo.py in: entropy_change, damping, surrogate, token_weights, train
@@ -163,7 +165,7 @@ def entropy_change(logp, old_logp, old_entropy, adv):
 
 
 def damping(omega, mask, args, seed=0):
-    """Omega of a whole minibatch [B, T] -> lambda [B, T], 1 where mask is False."""
+    """Omega of a whole minibatch [B, T] -> lambda [B, T], 1 where it damps nothing, as outside the mask."""
     size, ones = omega[mask].abs(), torch.ones_like(omega)
     if not len(size):
         return ones
@@ -259,6 +261,7 @@ def train(args):
         meter = Meter()
         meter.note(staleness=step - batch.policy_version[0].item())
         for rows, weights in minibatches(batch, args, step, token_weights):
+            # M needs the whole minibatch of all processes: rows outside it have weight 0, and may keep old_logp.
             now = batch.old_logp.index_copy(0, rows, read(policy, batch, args, rows)[0])
             omega = entropy_change(now, batch.old_logp, batch.columns["old_entropy"], batch.adv)
             damped = damping(gpu.gather(omega), gpu.gather(weights > 0), args, gpu.hash_seed(args.seed, step, 0, 3))

@@ -7,11 +7,13 @@ whose update makes right answers likelier count more and the others less, which 
 
 Objective, to be maximised (GRPO's, with an advantage for each token; equation numbers not at hand):
     J = 1/B sum_i 1/|y_i| sum_t min(r A_it, clip(r, 1 - eps, 1 + eps) A_it),   A_it = 1[|THR_it| > tau] (1 + p sign THR_it) A_i
-    THR_jt = (2 R_j - 1) s_jt,   s_jt = g_jt' M h_jt,   M = sum of 1/|y_i| sum_k g_ik h_ik' over the right i of the group
-    h = what the head reads,   g = onehot(y) - pi_old,   tau = tau_scale min over right i of the mean of s_it over t, at least 0
-A right completion counts in its own score. g keeps the columns of ids that occur in the group. What tau is in this paper could
-not be found: this is its predecessor's (arXiv 2505.18830). The paper also samples groups of equal rewards anew, as dapo.py
-does; here they teach nothing. No code is public. --select random is the control: the same scores at other tokens.
+    THR_jt = (2 R_j - 1) s_jt,   s_jt = g_jt^T M h_jt,   M = sum_{i right} 1/|y_i| sum_t g_it h_it^T over the group
+    h = input of lm_head,   g = onehot(y) - pi_old over the vocabulary,   tau = tau_scale max(0, min_{i right} mean_t s_it)
+
+R_j is 1 where right, else 0, and a right completion counts in its own M. g is cut to the ids that occur in the group, as the
+paper does. What tau is in this paper could not be found: this is its predecessor's (arXiv 2505.18830). The paper also samples
+groups of equal rewards anew, as dapo.py does; here they teach nothing. No code is public. --select random is the control: the
+same scores at other tokens.
 
 Family: tokens
 Differs from grpo.py in: hidden_rewards, shuffled, token_advantages, train
@@ -146,13 +148,14 @@ def advantages(rewards, args):
 
 
 def hidden_rewards(logp, hidden, ids, mask, right, head, args):
-    """Of one group: [G, T], hidden [G, T, H], ids [G, T], mask, right [G] bool, head [V, H] -> (THR [G, T], tau [G])."""
-    words, own = ids[mask].unique(return_inverse=True)
+    """logp, ids, mask [G, T], hidden [G, T, H] of one group, right [G] bool, head [V, H] -> (THR [G, T], tau [G])."""
+    vocab, own = ids[mask].unique(return_inverse=True)
     h, own, lengths = hidden[mask], own[:, None], mask.sum(1, keepdim=True).clamp(min=1)
-    z = (h @ head[words].T).to(logp.dtype) / args.temperature
-    pi = (z - z.gather(1, own) + logp[mask][:, None]).exp()  # the own logit and log-prob know the normaliser of all V
+    z = (h @ head[vocab].T).to(logp.dtype) / args.temperature
+    pi = (z - z.gather(1, own) + logp[mask][:, None]).exp()  # logp less its own logit is -log of the sum over all V
     g, h = (-pi).scatter_add(1, own, torch.ones_like(pi)), h.to(pi.dtype)
-    M = (g * (right[:, None] / lengths).expand_as(mask)[mask][:, None]).T @ h
+    share = (right[:, None] / lengths).expand_as(mask)[mask]  # 1 / |y_i| for tokens of right completions, else 0
+    M = (g * share[:, None]).T @ h
     s = torch.zeros_like(logp).masked_scatter(mask, ((g @ M) * h).sum(1))
     means = (s.sum(1, keepdim=True) / lengths)[right & mask.any(1)]
     tau = args.tau_scale * means.min().clamp(min=0) if len(means) else s.new_zeros(())
@@ -192,8 +195,8 @@ def kl_penalty(logp, ref_logp, mask):
 
 
 def measure(meter, batch, adv):
-    """Of tokens that have an advantage [B]: the share that is kept, of positive THR, tau, and how much of what is kept is among
-    the fifth of the rollout's tokens at which the policy was least sure."""
+    """Tokens of groups with an advantage: shares that are kept and that have THR > 0, tau; and of the kept the share among the
+    fifth of the rollout's tokens at which the policy was least sure."""
     from common import gpu
 
     entropy, thr, tau = batch.columns["old_entropy"], batch.columns["thr"], batch.columns["tau"][:, None]

@@ -19,19 +19,7 @@ import tempfile
 from pathlib import Path
 
 from tests import pages
-from tests.parts import (
-    UNCOMPARED,
-    changed_lines,
-    changes,
-    chunks,
-    difference,
-    differs,
-    family,
-    measures,
-    note,
-    same,
-    split,
-)
+from tests.parts import UNCOMPARED, changed_lines, changes, chunks, difference, differs, family, measures, note, same, split
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = ROOT / "algos"

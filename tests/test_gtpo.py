@@ -39,7 +39,7 @@ def loss(entropy=(0.30, 0.50), initial=0.2, rows=((5, 6, 7, 2), (5, 8, 9, 2)), r
     adv = gtpo.advantages(torch.tensor([rewards]), a)
     conflict = gtpo.conflicts(ids, mask, adv, a)
     H = gtpo.mean_entropy(torch.tensor(entropy)[:, None].expand(mask.shape), mask).view_as(adv)
-    adv = gtpo.shaped(adv, H, gtpo.certain(H, initial, a), a)
+    adv = gtpo.shaped(adv, H, gtpo.admitted(H, initial, a), a)
     logp = torch.full(mask.shape, -1.3).requires_grad_()
     objective, _ = gtpo.surrogate(logp, logp.detach() - 0.7, adv.flatten()[:, None].expand(mask.shape), mask, a)
     value = -(objective * gtpo.token_weights(mask, a, conflict))[mask].sum()
@@ -68,9 +68,9 @@ def test_worked_numbers_of_the_filter():
 def test_the_limit_is_ln_2():
     limit = args().max_entropy
     assert limit == pytest.approx(math.log(2), abs=1e-6)
-    delta = gtpo.certain(torch.tensor([[0.6931, 0.6932]]), 0.2, args())
+    delta = gtpo.admitted(torch.tensor([[0.6931, 0.6932]]), 0.2, args())
     assert delta.tolist() == [[True, False]]
-    assert gtpo.certain(torch.tensor([[limit + 1e-7]]), limit, args(max_entropy=limit)).item() is False  # 'above' it, not at it
+    assert gtpo.admitted(torch.tensor([[limit + 1e-7]]), limit, args(max_entropy=limit)).item() is False  # at it is not above
 
 
 def test_the_released_code_is_not_this():
@@ -172,7 +172,7 @@ def test_gamma_s_bound(G):
     a = args(group_size=G)
     adv = gtpo.advantages(torch.tensor([[1.0] * (G - 1) + [0.0]]), a)
     entropy = torch.full((1, G), math.log(2) - 1e-3)
-    found = gtpo.shaped(adv, entropy, gtpo.certain(entropy, 0.2, a), a)
+    found = gtpo.shaped(adv, entropy, gtpo.admitted(entropy, 0.2, a), a)
     assert bool((found[0, :-1] > 0).all()) == (G <= 14) and found[0, -1] < 0
 
 

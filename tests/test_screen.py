@@ -81,7 +81,7 @@ def idle(spreads, group=2):
 
 def test_a_run_that_cannot_learn_says_so():
     """Once, after five rollouts in a row; and again when it comes again."""
-    (at, line), = idle([0.0] * 9)
+    ((at, line),) = idle([0.0] * 9)
     assert at == 4 and "nothing is learnt; 25% of the last completions were cut at --max-new-tokens 28" in line
     assert [at for at, _ in idle([0, 0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0])] == [9]
     assert idle([0.0] * 4 + [0.5] + [0.0] * 4) == [] == idle([0.0] * 9, group=1)
