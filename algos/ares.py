@@ -9,7 +9,7 @@ Objective, to be maximised (DAPO's, with another reward and a weighted penalty; 
     J = 1/sum_i |y_i| sum_i sum_t [ min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) - beta beta_d rho_t k3(pi, pi_ref) ]
     R = 1 where right, else -lambda_d g_d(D),   D = N - target_d,   N = number of windows with (H_t + ... + H_{t+w-1}) / w > tau
     g = max(0, D) easy, |D| medium, max(0, -D) hard;   lambda_d = clip((mean N - target_d) / (var N + 1e-6), 0, 1), - if hard
-    d: easy if at least 6/8 of the group is right, medium if 3/8, else hard; mean and var over the completions in d
+    d: easy if at least 6/8 of the group is right (a score above 0.5), medium if 3/8, else hard; mean, var: of completions in d
     rho_t = rho inside a window above tau, 1 elsewhere
 
 The reward is the paper's; the authors' code has another one, no rho, and a beta_d that adapts. The paper also branches;
@@ -19,7 +19,7 @@ round, so that too few windows activate it (our reading). tau averages, over com
 code; the paper takes it of single entropies (--tau-of tokens). On route unsure tokens stand alone: N would be 0.
 
 Family: tokens
-Differs from dapo.py in: beta, window_entropy, quantiles, difficulty, assigned, shaping, kl_weights, train
+Differs from dapo.py in: beta, window_entropy, quantiles, threshold, difficulty, assigned, shaping, kl_weights, train
 Measures: measure
 Costs: DAPO's, and a frozen reference model; the scoring pass has the entropies.
 Run:   python algos/ares.py                                     tiny model, CPU, about two minutes
@@ -191,6 +191,14 @@ def quantiles(entropy, windows, mask, args):
     return [row[row > none].quantile(args.percentile).item() for row in values if (row > none).any()]
 
 
+def threshold(before, total, count, args):
+    """tau so far (None: there is none), sum and number of this rollout's quantiles -> (tau for it, tau for the next)."""
+    if not count:
+        return before or float("inf"), before
+    tau = before or total / count
+    return tau, args.decay * tau + (1 - args.decay) * total / count
+
+
 def difficulty(right):
     """[P, G], 1 where right -> [P]: 0 easy, 1 medium, 2 hard; of 8 at least 6, 3 and 0 are right."""
     share = right.mean(1) + 1e-6
@@ -253,7 +261,7 @@ def measure(meter, batch, state):
         meter.add({f"{key}_{name}": value for key, value in columns.items()}, bucket == d)
         meter.add({f"kl_weight_{name}": batch.columns["kl_weight"]}, batch.mask & (bucket == d)[:, None])
         meter.add({f"share_{name}": (bucket == d).float()}, bucket >= 0)
-    meter.note(tau=state["tau"])
+    meter.note(tau=state.get("tau") or 0.0)
 
 
 # ---------------------------------------------------------------- the loop
@@ -291,9 +299,11 @@ def train(args):
             n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
             rounds, right = rounds + 1, right + batch.accuracy.sum().item()
         n = min(n, share)
-        if n:  # else the last round is measured; its advantages are 0, and no update is made
+        if n:
             batch = batch.join(kept).groups(torch.arange(n))
             batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        else:  # the last round is measured: of equal rewards all advantages are 0, and no update is made
+            batch.reward = batch.reward.mean().expand_as(batch.reward)
         engine.sleep()
         run.timed("rollout")
 
@@ -305,8 +315,7 @@ def train(args):
         # Reward by difficulty, all ranks' groups together, against statistics of the rollouts before this one.
         windows = window_entropy(entropy, batch.mask, args)
         found = quantiles(entropy, windows, batch.mask, args)
-        total, count = gpu.total(sum(found)), gpu.total(len(found))
-        tau = run.state.setdefault("tau", total / max(1, count))
+        tau, after = threshold(run.state.get("tau"), gpu.total(sum(found)), gpu.total(len(found)), args)
         high = windows > tau
         solved, counts = (gpu.gather(x.float()).view(-1, batch.group) for x in (batch.accuracy > 0.5, high.sum(1)))
         bucket = assigned(difficulty(solved), args, gpu.hash_seed(args.seed, step, 17))
@@ -315,7 +324,7 @@ def train(args):
         batch.columns |= dict(n_he=high.sum(1).float(), lam=lam, kl_weight=kl_weights(high, bucket, args))
         if n:  # else no group teaches, and none counts
             batch.reward = batch.reward - gpu.local(taken.flatten())
-            run.state |= dict(targets=targets, tau=args.decay * tau + (1 - args.decay) * total / count if count else tau)
+            run.state |= dict(targets=targets, tau=after)
 
         # The newest rollout joins the queue, the oldest is trained on.
         batch.policy_version.fill_(step)

@@ -9,7 +9,7 @@ Objective, to be maximised (equation numbers not at hand; no code is public):
     J = 1/Z sum_{(i,t) in U} min(r A, clip(r, 1 - eps, 1 + eps) A),   A as in grpo.py, not centred or scaled again on S
     S = the N completions of the rollout whose A have the largest variance: the k largest and the N - k smallest, at the best k
     U = the share K of the tokens of S, rounded up, with the largest |A_i| H_it,   H = entropy of pi_old
-    N and K go linearly from their first to their last values with step / steps;   Z: tokens of U in the minibatch
+    N and K go linearly from their first to their last values, from step to step;   Z: tokens of U in the minibatch
 
 The shares' values and Z could not be found: they are ours; with --token-norm all Z is the number of all tokens of S. Ties in A
 are broken at random. Where too few completions have A != 0, those with A = 0 would fill S up: they are dropped, and N is less
@@ -155,9 +155,9 @@ def advantages(rewards, args):
     return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
 
 
-def shares(progress, args):
-    """step / steps -> N as a share of the completions, and K."""
-    p = min(progress, 1.0)
+def shares(step, planned, args):
+    """The number of a step, from 0, of so many -> N as a share of the completions, and K."""
+    p = min(step / max(1, planned - 1), 1.0)
     return (1 - p) * args.rows_first + p * args.rows_last, (1 - p) * args.tokens_first + p * args.tokens_last
 
 
@@ -167,7 +167,10 @@ def widest(adv, n, shuffle):
     order = shuffle[value[shuffle].argsort(descending=True, stable=True)]
     i, j = torch.arange(n + 1)[:, None], torch.arange(n)
     splits = order[j + (len(adv) - n) * (j >= i)]  # [n + 1, n]: the i largest and the n - i smallest
-    return splits[value[splits].var(1, correction=0).argmax()]
+    spread = value[splits].var(1, correction=0).round(decimals=6)
+    best = (spread == spread.max()).nonzero()[:, 0]
+    best = best[(off := (2 * best - n).abs()) == off.min()]  # nearest to as many of either end, else by chance
+    return splits[best[shuffle[0] % len(best)]]
 
 
 def chosen(adv, share, args, chance):
@@ -265,7 +268,7 @@ def train(args):
         batch.adv = gpu.local(adv.flatten())[:, None].expand_as(batch.old_logp)
 
         # Down-sampling over the whole rollout: completions, then their tokens.
-        rows_share, tokens_share = shares(step / run.state.setdefault("planned", args.steps), args)
+        rows_share, tokens_share = shares(step, run.state.setdefault("planned", args.steps), args)
         chance = torch.Generator().manual_seed(gpu.hash_seed(args.seed, step, 17))
         sample = chosen(adv, rows_share, args, chance)
         keep = sample & (adv.abs() > 1e-6)

@@ -210,9 +210,11 @@ def train(args):
             n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
             rounds, right = rounds + 1, right + batch.accuracy.sum().item()
         n = min(n, share)
-        if n:  # else the last round is measured; its advantages are 0, and no update is made
+        if n:
             batch = batch.join(kept).groups(torch.arange(n))
             batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        else:  # the last round is measured: of equal rewards all advantages are 0, and no update is made
+            batch.reward = batch.reward.mean().expand_as(batch.reward)
         engine.sleep()
         run.timed("rollout")
 

@@ -17,7 +17,7 @@ This is the formula; the authors' code sums over a group, divides by the number 
 exception for the initial policy. Groups with equal rewards are left out here: the formula says only -gamma H of them. The paper
 updates once per rollout (--minibatches 1). grpo.py's minibatches are kept: H and lambda stay those of the rollout, and nothing
 corrects for pi moving on, since r is always 1. The paper's gamma is for rewards up to 20. With 0 and 1 a right completion has
-A >= 1/G, so that its advantage stays positive if gamma ln 2 < 1/G: for G up to 14.
+A >= 1/G, so that its advantage stays positive if gamma ln 2 < 1/G and the filter is on: for G up to 14.
 
 Family: tokens
 Differs from grpo.py in: advantages, mean_entropy, admitted, shaped, shared_run, conflicts, surrogate, token_weights, train
@@ -132,7 +132,7 @@ class Args:
     gamma: float = 0.1
     """what a nat of mean entropy costs in advantage (the paper)"""
     max_entropy: float = 0.693147
-    """a completion with more nats per token than this is left out (the paper: ln 2)"""
+    """a completion with more nats per token than this is left out (the paper: ln 2); none, if more is usual at the start"""
     conflict_right: float = 2.0
     """lambda of a right completion in a run that it shares with a wrong one (the paper); 1: none"""
     conflict_wrong: float = 0.0

@@ -237,7 +237,7 @@ def measure(meter, mb, logp, args):
     """h, the temperature's factor, the advantages' mean (0 with TGA); the shares of ratios that DAPO's interval would have cut:
     below it of sure tokens, above it of unsure ones."""
     h, ratio = mb.columns["h"], (logp.detach() - mb.old_logp).exp()
-    meter.add(dict(h=h, h_min=h, unsure=(h > 0).float(), heat=1 + args.tau * args.ats * h, adv_per_token=mb.adv), mb.trained)
+    meter.add(dict(h=h, h_min=h, unsure=(h > 0).float(), heat=mb.columns["heat"], adv_per_token=mb.adv), mb.trained)
     meter.add(dict(left_of_sure=(ratio < 1 - args.eps_low).float()), mb.trained & (h <= 0))
     meter.add(dict(right_of_unsure=(ratio > 1 + args.eps_high).float()), mb.trained & (h > 0))
 
@@ -281,16 +281,19 @@ def train(args):
             n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
             rounds, right = rounds + 1, right + batch.accuracy.sum().item()
         n = min(n, share)
-        if n:  # else the last round is measured; its advantages are 0, and no update is made
+        if n:
             batch = batch.join(kept).groups(torch.arange(n))
             batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        else:  # the last round is measured: of equal rewards all advantages are 0, and no update is made
+            batch.reward = batch.reward.mean().expand_as(batch.reward)
         engine.sleep()
         run.timed("rollout")
 
         # Log-probs of the policy that sampled, and of the reference.
         batch.old_logp, entropy = read(policy, batch, args)
+        h = entropy_signal(entropy, run.state["scale"], args) if temperature else torch.zeros_like(entropy)
         run.state["scale"] = entropy_scale(gpu.gather(entropy)[gpu.gather(batch.mask)], args)
-        batch.columns["h"] = entropy_signal(entropy, run.state["scale"], args)
+        batch.columns |= dict(h=entropy_signal(entropy, run.state["scale"], args), heat=1 + args.tau * h)
         batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
 

@@ -18,7 +18,7 @@ Family: tokens
 Differs from dapo.py in: informative, prefix_lengths, prefixes, prefix_rewards, chosen, shorten, retention, token_weights, train
 Measures: measure
 Costs: `continuations` further completions for each, from where its prefix ends (an engine's prefix cache reads a prefix once);
-       log-probs and update see prompts and prefixes alone.
+       the update sees prompts and prefixes alone.
 Run:   python algos/pppo.py                                     tiny model, CPU, about two minutes
        python algos/pppo.py --model qwen2.5-1.5b                GSM8K on one GPU
        torchrun --nproc-per-node 8 algos/pppo.py --model qwen2.5-7b
@@ -200,11 +200,10 @@ def chosen(mask, eta, args):
     return mask & (place <= prefix_lengths(mask.sum(1, keepdim=True), eta))
 
 
-def shorten(batch, eta, args):
+def shorten(batch):
     """Ends every completion at its last trained token; the column completion keeps the mask of all its tokens."""
-    batch.columns["completion"], batch.trained = batch.mask, chosen(batch.mask, eta, args)
-    batch.mask = batch.trained.flip(1).cumsum(1).flip(1) > 0
-    batch.attention_mask[:, -batch.mask.shape[1] :] = batch.mask
+    batch.columns["completion"], batch.mask = batch.mask, batch.trained.flip(1).cumsum(1).flip(1) > 0
+    batch.attention_mask = torch.cat([batch.attention_mask[:, : -batch.mask.shape[1]], batch.mask], 1)
 
 
 def retention(state, accuracy, args):
@@ -240,7 +239,7 @@ def kl_penalty(logp, ref_logp, mask):
 
 
 def measure(meter, batch, eta):
-    """The share of tokens that is trained on, and how large it should be."""
+    """The share of tokens that is trained on, and eta of the next rollout."""
     meter.add(dict(trained=batch.trained.float()), batch.columns["completion"])
     meter.note(eta=eta)
 
@@ -286,15 +285,16 @@ def train(args):
             n = -gpu.maximum(-sum(len(b.reward) for b in kept) // args.group_size)  # of the process that has fewest
             rounds, right = rounds + 1, right + batch.accuracy.sum().item()
         n = min(n, share)
-        if n:  # else the last round is measured; its advantages are 0, and no update is made
+        if n:
             batch = batch.join(kept).groups(torch.arange(n))
             batch.reward = batch.reward + args.overlong_weight * overlong_penalty(batch.mask.sum(1), args)
+        else:  # the last round is measured: of equal rewards all advantages are 0, and no update is made
+            batch.reward = batch.reward.mean().expand_as(batch.reward)
         engine.sleep()
         run.timed("rollout")
 
-        shorten(batch, progress["eta"], args)
-
         # Log-probs of the policy that sampled, and of the reference.
+        batch.trained = chosen(batch.mask, progress["eta"], args)
         batch.old_logp, _ = read(policy, batch, args)
         batch.ref_logp = read(reference, batch, args)[0] if reference else None
         run.timed("old_logp")
@@ -305,6 +305,7 @@ def train(args):
         if len(run.queue) <= args.stale:
             continue
         batch = run.queue.pop(0)
+        shorten(batch)
 
         # Advantages over the whole rollout, of all processes.
         adv = advantages(gpu.gather(batch.reward).view(-1, args.group_size), args)

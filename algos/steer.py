@@ -130,7 +130,7 @@ class Args:
     # STEER
     limits = dict(
         group_size="2 <= x: the completions of a prompt are compared with each other",
-        lambda_min="0 < x <= 1", omega_quantile="0 <= x <= 1",
+        lambda_min="0 < x <= 1", lambda_max="1 <= x", omega_quantile="0 <= x <= 1",
     )  # fmt: skip
     eps_low: float = 0.2
     """the clip interval's reach below 1 (the paper)"""

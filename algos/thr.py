@@ -10,10 +10,10 @@ Objective, to be maximised (GRPO's, with an advantage for each token; equation n
     THR_jt = (2 R_j - 1) s_jt,   s_jt = g_jt^T M h_jt,   M = sum_{i right} 1/|y_i| sum_t g_it h_it^T over the group
     h = input of lm_head,   g = onehot(y) - pi_old over the vocabulary,   tau = tau_scale max(0, min_{i right} mean_t s_it)
 
-R_j is 1 where right, else 0, and a right completion counts in its own M. g is cut to the ids that occur in the group, as the
-paper does. What tau is in this paper could not be found: this is its predecessor's (arXiv 2505.18830). The paper also samples
-groups of equal rewards anew, as dapo.py does; here they teach nothing. No code is public. --select random is the control: the
-same scores at other tokens.
+R_j is 1 where right, that is better than the group's mean, else 0; a right completion counts in its own M. g is cut to the ids
+that occur in the group, as the paper does. What tau is in this paper could not be found: this is its predecessor's
+(arXiv 2505.18830). The paper also samples groups of equal rewards anew, as dapo.py does; here they teach nothing. No code is
+public. --select random is the control: the same scores at other tokens.
 
 Family: tokens
 Differs from grpo.py in: hidden_rewards, shuffled, token_advantages, train
@@ -244,8 +244,8 @@ def train(args):
         head, found = gpu.whole(policy.lm.lm_head.weight.detach()), []
         for rows in torch.arange(len(batch.ids), device=batch.ids.device).view(-1, batch.group):
             logp, entropy, hidden = read(policy, batch, args, rows=rows, layers=["normed"])
-            ids, mask, right = batch.ids[rows, -batch.mask.shape[1] :], batch.mask[rows], batch.accuracy[rows] > 0.5
-            thr, tau = hidden_rewards(logp, hidden, ids, mask, right, head, args)
+            ids, mask, right = batch.ids[rows, -batch.mask.shape[1] :], batch.mask[rows], batch.accuracy[rows]
+            thr, tau = hidden_rewards(logp, hidden, ids, mask, right > right.mean(), head, args)
             if args.select == "random":
                 thr = shuffled(thr, mask, gpu.hash_seed(args.seed, step, batch.prompt_id[rows[0]].item(), 17))
             found.append((logp, entropy, thr, tau))

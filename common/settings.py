@@ -141,16 +141,18 @@ def _check(args):
         words = [w for h in (hint, *get_args(hint)) if get_origin(h) is Literal for w in get_args(h)]
         if words and value not in words:
             raise UserError(f"{flag} must be one of {', '.join(map(str, words))}; it is {value!r}")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, (str, bool, type(None))):
+                continue
             limit, colon, why = limits.get(field, "0 <= x").partition(": ")
             low, above, below, high = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", limit).groups()
-            fits = math.isfinite(value)
-            fits &= low is None or value > float(low) or above == "<=" and value == float(low)
-            fits &= high is None or value < float(high) or below == "<=" and value == float(high)
+            fits = math.isfinite(x)
+            fits &= low is None or x > float(low) or above == "<=" and x == float(low)
+            fits &= high is None or x < float(high) or below == "<=" and x == float(high)
             if not fits:
                 words = [f"{'above' if above == '<' else 'at least'} {low}"] if low else []
                 words += [f"{'below' if below == '<' else 'at most'} {high}"] if high else []
-                raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {value}{colon}{why}")
+                raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {x}{colon}{why}")
     if "" in vars(args).get("stop", ()):
         raise UserError("--stop: an empty string would end every completion at once")
     # What follows is seen here, and not when it is needed, since a tiny model's warm start takes a minute.

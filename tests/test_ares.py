@@ -1,5 +1,7 @@
 """ARES' worked numbers, its statistics, who is penalised, what relaxes the KL penalty, and what a run logs."""
 
+import math
+
 import pytest
 import torch
 
@@ -162,3 +164,31 @@ def test_a_run_is_dapo_until_there_are_statistics(tiny, tmp_path):
     assert first["reward"] == rows["plain"][0]["reward"]
     assert not any(first[f"lam_{d}"] for d in BUCKETS)
     assert any(row[f"lam_{d}"] > 0 for row in later for d in BUCKETS)
+
+
+def test_what_is_shaped_and_weighed_is_trained_on(tmp_path):
+    """Two rollouts with targets of the first: its flags change the second's rewards, or its gradient alone."""
+
+    def second(**flags):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        small = dict(task="addition", steps=2, prompts_per_step=8, group_size=8, minibatches=1, eval_prompts=4, decay=0.0)
+        small |= dict(checkpoint_every=0, max_gen_batches=0, lr=1e-3, beta=0.5, percentile=0.8, run_dir=str(folder))
+        ares.train(ares.Args(**small | flags))
+        row = lines(folder / "metrics.jsonl")[1]
+        return row["reward"] - row["accuracy"], row["grad_norm"]
+
+    mine = second()
+    assert mine[0] < -0.003
+    for flags in (dict(rho=1.0), dict(bucket_beta=(9.0, 9.0, 9.0))):
+        found = second(**flags)
+        assert found[0] == mine[0] and found[1] != mine[1], flags
+    shuffled = second(buckets="shuffled")
+    assert shuffled[0] != mine[0] and shuffled[1] != mine[1]
+
+
+def test_tau_begins_with_the_first_windows():
+    args = ares.Args(decay=0.9)
+    assert ares.threshold(None, 0.0, 0, args) == (math.inf, None)
+    assert ares.threshold(None, 3.0, 2, args) == (1.5, pytest.approx(1.5))
+    assert ares.threshold(1.0, 4.0, 2, args) == (1.0, pytest.approx(1.1))
+    assert ares.threshold(1.0, 0.0, 0, args) == (1.0, 1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from algos import dapo, grpo
-from common import rewards
+from common import rewards, rollout
 from tests.card import example, loss_and_gradient
 
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -90,11 +90,19 @@ def test_checks_that_were_killed_are_counted(tmp_path, monkeypatch):
         assert row["groups"] == 8 and row["reward_timeouts"] == 3 * rounds
 
 
-def test_nothing_is_learnt_where_no_group_teaches(tmp_path):
-    """All are wrong, and of different lengths: the length penalty tells them apart, and makes no update of its own."""
+def test_nothing_is_learnt_where_no_group_teaches(tmp_path, monkeypatch):
+    """All are wrong, of different lengths, and some have the form of an answer: neither the length penalty nor the reward for
+    the form makes an update of its own."""
+    monkeypatch.setattr(rollout, "has_format", lambda text: len(text) % 2)
     (tmp_path / "mine.py").write_text("def score(text, answer):\n    return 0.0\n")
     small = dict(steps=1, prompts_per_step=4, group_size=4, eval_prompts=4, minibatches=2, checkpoint_every=0)
-    flags = dict(reward=f"{tmp_path / 'mine.py'}:score", max_gen_batches=1, overlong_share=1.0, run_dir=str(tmp_path / "run"))
+    flags = dict(
+        reward=f"{tmp_path / 'mine.py'}:score",
+        max_gen_batches=1,
+        format_reward=0.5,
+        overlong_share=1.0,
+        run_dir=str(tmp_path / "run"),
+    )
     dapo.train(dapo.Args(**small, **flags))
     (row,) = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
-    assert row["groups"] == 0 and row["adv_max"] == row["adv_min"] == row["loss"] == 0 and row["reward"] == 0
+    assert row["groups"] == 0 and row["adv_max"] == row["adv_min"] == row["loss"] == 0 < row["reward"] < 0.5

@@ -227,6 +227,7 @@ def test_a_run_logs_its_conflicts(tiny, tmp_path):
     assert initial["it"] == initial["off"] and math.log(2) < initial["it"] < 0.8
     for row in rows["it"]:
         assert 0 < row["lifted"] < row["conflict"] < 1 and row["entropy_conflict"] > 0 and row["delta"] == 1
+        assert row["adv_mean"] == pytest.approx(-0.1 * row["informative_groups"] * initial["it"], rel=0.3)  # -gamma H
         mean = row["conflict"] * row["entropy_conflict"] + (1 - row["conflict"]) * row["entropy_rest"]
         assert mean == pytest.approx(row["entropy"], rel=0.1)
     assert all(row["conflict"] == row["lifted"] == 0 and 0.2 < row["delta"] < 0.95 for row in rows["off"])

@@ -170,6 +170,6 @@ def test_a_run_is_heated_from_its_second_rollout_on(tiny, tmp_path):
         assert rows[0]["sampler_gap_max"] < 1e-4 and all((r["sampler_gap_max"] > 0.01) == (name == "hot") for r in rows[1:])
         assert all(abs(r["adv_per_token"]) < 1e-5 for r in rows) and all(r["generated"] == 32 for r in rows)
         assert all(r["unsure"] == pytest.approx(0.2, abs=0.01) and r["h_min"] == -1 for r in rows)
-        assert all(0.7 <= r["heat"] < 1 if name == "hot" else r["heat"] == 1 for r in rows)
+        assert rows[0]["heat"] == 1 and all(0.7 <= r["heat"] < 1 if name == "hot" else r["heat"] == 1 for r in rows[1:])
     done = run(tmp_path, *argv, "--no-tga", "--run-dir", tmp_path / "no-tga", script=ROOT / "algos" / "hapo.py")
     assert any(abs(r["adv_per_token"]) > 1e-3 for r in lines(tmp_path / "no-tga" / "metrics.jsonl"))

@@ -149,16 +149,18 @@ def test_a_run_protects_and_kappa_0_is_the_null_control(tiny, tmp_path):
     are; and off policy some are with kappa = 0 as well: the policy as it then is has become less sure of them."""
     argv = "--task addition --steps 1 --prompts-per-step 8 --group-size 4 --eval-prompts 8".split()
     null, off = ("--kappa", 0, "--rho", 1, "--micro-batch-tokens", 64), ("--kappa", 0, "--rho", 1, "--minibatches", 2)
+    stale = (*null[:4], "--stale", 1, "--steps", 3)  # the third step trains on what the policy before the second sampled
     rows = {}
-    for name, more in dict(plain=(), null=null, off=off).items():
+    for name, more in dict(plain=(), null=null, off=off, stale=stale).items():
         done = run(tmp_path, *argv, *more, "--run-dir", tmp_path / name, script=ROOT / "algos" / "lp_reg.py")
         assert done.code == 0, done.err
-        (rows[name],) = lines(tmp_path / name / "metrics.jsonl")
+        rows[name] = lines(tmp_path / name / "metrics.jsonl")[-1]
     plain, null, off = rows["plain"], rows["null"], rows["off"]
     tokens = plain["length"] * 32
     assert plain["lowest"] == int(0.05 * tokens * plain["negatives"] + 1e-3) > 1 and plain["ratio_max"] < 1.001
     assert null["lowest"] == pytest.approx(tokens * null["negatives"]) and null["protected"] == null["proxy_kl"] == 0
     assert 0 < plain["protected"] <= plain["lowest"] / tokens + 1e-9 and 0 < plain["proxy_kl"] < 0.1
+    assert rows["stale"]["staleness"] == 1 and rows["stale"]["protected"] > 0.05
     assert 0.05 < off["protected"] < off["negatives"] and 0 < off["proxy_kl"]
     columns = lines(tmp_path / "plain" / "samples.jsonl")[0]["columns"]
     assert set(columns) == {"logp", "adv", "proxy", "protected"}

@@ -1,5 +1,7 @@
 """PPPO's worked numbers, prefixes that are continued by an engine, rewards by hand, the growth of eta, and what a run logs."""
 
+import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -77,17 +79,18 @@ def test_rewards_are_counts_of_right_continuations():
 def test_a_shortened_batch():
     batch = collate([([1, 2], [4, 5, 6, 7, 8, 9, 2]), ([1, 2, 3], list(range(4, 14))), ([1], [4, 5, 2])])
     for part, ends in dict(first=[2, 3, 1], last=[7, 10, 3]).items():
-        mine = batch.take(torch.arange(3))
-        pppo.shorten(mine, 0.35, pppo.Args(part=part))
+        mine = dataclasses.replace(batch, trained=pppo.chosen(batch.mask, 0.35, pppo.Args(part=part)), columns={})
+        pppo.shorten(mine)
         assert mine.mask.sum(1).tolist() == ends and mine.trained.sum(1).tolist() == [2, 3, 1]
         assert mine.attention_mask.sum(1).tolist() == [2 + ends[0], 3 + ends[1], 1 + ends[2]]
         assert torch.equal(mine.columns["completion"], batch.mask) and not (mine.trained & ~mine.mask).any()
+        assert batch.mask.sum(1).tolist() == [7, 10, 3]  # the batch that it was cut from is as it was
     assert pppo.prefixes(batch, 0.35) == [[4, 5], [4, 5, 6], [4]]
 
 
 def test_eta_grows_where_accuracy_does_not():
     args = pppo.Args(look=2, patience=2)
-    state = dict(eta=args.eta, best=-1.0, stalled=0, seen=[])
+    state = dict(eta=args.eta, best=float("-inf"), stalled=0, seen=[])
     etas = []
     for accuracy in [0.125, 0.25, 0.25, 0.5, 0.375, 0.375, 0.125, 0.125, 0.375, 0.375, 0.375, 0.375]:
         pppo.retention(state, accuracy, args)
@@ -99,6 +102,10 @@ def test_eta_grows_where_accuracy_does_not():
     for _ in range(4):
         pppo.retention(state, 0.9, args)
     assert state["eta"] == pytest.approx(0.35) and state["best"] == 0.9
+    state = dict(eta=args.eta, best=float("-inf"), stalled=0, seen=[])  # a score of one's own may be negative
+    for accuracy in range(-20, 0):
+        pppo.retention(state, float(accuracy), args)
+    assert state["eta"] == args.eta
     state = dict(eta=0.5, best=1.0, stalled=0, seen=[])  # above its largest value from the start: it stays
     for _ in range(4):
         pppo.retention(state, 0.0, args)
@@ -149,6 +156,27 @@ def test_a_run_trains_on_prefixes(tiny, tmp_path):
     assert timeless == [{k: v for k, v in r.items() if k in timeless[0]} for r in found["dapo"]]
     row = lines(tmp_path / "prefix" / "samples.jsonl")[0]
     assert "".join(row["tokens"]).startswith(row["completion"]) and sum(row["columns"]["completion"]) == len(row["tokens"])
+
+
+def test_eta_grows_in_a_run_and_continuations_begin_with_their_prefixes(tmp_path, monkeypatch):
+    """With a look at every rollout and a rate of 0 accuracy gains nothing for long."""
+    collect, seen = rollout.collect, []
+
+    @functools.wraps(collect)
+    def watched(engine, scorer, tokenizer, examples, args, step, given=None, n=None, **more):
+        batch = collect(engine, scorer, tokenizer, examples, args, step, given, n, **more)
+        if n:
+            begins = [y[: len(g)] for g, y in zip(given, batch.ids[::n, -batch.mask.shape[1] :].tolist())]
+            seen.append((begins == given, max(map(len, given))))
+        return batch
+
+    monkeypatch.setattr(rollout, "collect", watched)
+    small = dict(task="addition", steps=6, prompts_per_step=4, group_size=4, eval_prompts=4, minibatches=1, checkpoint_every=0)
+    pppo.train(pppo.Args(**small, lr=0.0, look=1, patience=1, eta_step=0.3, eta_max=0.9, max_gen_batches=0,
+                         run_dir=str(tmp_path / "run")))  # fmt: skip
+    etas = [r["eta"] for r in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert etas[0] == 0.15 and etas[-1] >= 0.45 and etas == sorted(etas)
+    assert len(seen) == 6 and all(same for same, _ in seen) and seen[0][1] <= 5 < seen[-1][1]
 
 
 def test_the_filter_is_on_the_rewards(tiny, tmp_path):
