@@ -267,7 +267,7 @@ def train(args):
     def evaluate():
         return rollout.evaluate(engine, scorer, tokenizer, task, args)
 
-    progress = run.state.setdefault("progress", dict(eta=args.eta, best=-1.0, stalled=0, seen=[]))
+    progress = run.state.setdefault("progress", dict(eta=args.eta, best=float("-inf"), stalled=0, seen=[]))
     for step in run.steps(policy, optimizer, evaluate):
         # Rollout: P prompts over all processes, G completions each, until every process has its share of informative groups.
         engine.wake()

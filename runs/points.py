@@ -176,7 +176,7 @@ def gathered(o):
     with contextlib.redirect_stdout(sys.stderr):
         probes = dict(entropy_change=entropy_changes(o), lock_in=lock_in(o), scale=scales(o))
     thr = [x for _, xs in logged("thr", "thr") for x in xs]
-    low, high = -0.5, 0.5
+    low, high = -4.0, 4.0
     counts = Counter(min(39, max(0, int((x - low) / (high - low) * 40))) for x in thr)
     return probes | dict(
         sparks={name: sparks(name) for name in ("grpo", "lp_reg")},
@@ -227,7 +227,7 @@ def draw(record, path):
     axis.plot(*zip(*record["entropy_change"]), ".", color=pictures.OWN)
     curves("lp_reg: first move *2 where it is needed", "rollout", "share of completions", record["sparks"])
     axis = panel("thr: hidden rewards of tokens", "THR (the ends hold all beyond)", "share, logarithmic")
-    axis.bar(*zip(*record["thr"]), width=0.025, color=pictures.OWN)
+    axis.bar(*zip(*record["thr"]), width=0.2, color=pictures.OWN)
     axis.set_yscale("log")
     bars("gtpo: tokens in conflict", "share of such characters", record["conflict"])
     bars("d3s: tokens that are trained on", "share of such characters", record["forks"])
