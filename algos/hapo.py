@@ -133,13 +133,13 @@ class Args:
         entropy_floor="0 < x",
     )  # fmt: skip
     eps_low: float = 0.2
-    """the clip interval's reach below 1 (Section 4.1)"""
+    """the clip interval's reach below 1 (the paper, as DAPO)"""
     eps_high: float = 0.28
-    """its reach above 1 (Section 4.1)"""
+    """its reach above 1 (the paper, as DAPO)"""
     overlong_share: float = 0.25
-    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (the paper: 4,096 of 20,480)"""
+    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (DAPO: 4,096 of 20,480)"""
     overlong_weight: float = 0.5
-    """the length penalty at L_max, for rewards of 0 and 1 (the paper: 1, for rewards of -1 and 1); 0: no penalty"""
+    """the length penalty at L_max, for rewards of 0 and 1 (DAPO: 1, for rewards of -1 and 1); 0: no penalty"""
     max_gen_batches: int = 0
     """at most so many times P groups are sampled for an update; 0: no filter, P groups as they come (the authors' code)"""
     rho: float = 0.8

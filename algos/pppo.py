@@ -131,11 +131,11 @@ class Args:
     tiny_preset = dict(prompts_per_step=8, minibatches=2)  # 9 times as many are sampled; an update is still on 32 completions
     real_preset = dict(prompts_per_step=16, minibatches=1)
     eps_low: float = 0.2
-    """the clip interval's reach below 1 (Section 4.1)"""
+    """the clip interval's reach below 1 (the paper, as DAPO)"""
     eps_high: float = 0.28
-    """its reach above 1 (Section 4.1)"""
+    """its reach above 1 (the paper, as DAPO)"""
     overlong_share: float = 0.25
-    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (the paper: 4,096 of 20,480)"""
+    """L_c / L_max: the last part of max_new_tokens, in which the length penalty grows (DAPO: 4,096 of 20,480)"""
     overlong_weight: float = 0.0
     """the length penalty at L_max; 0: no penalty (the paper)"""
     max_gen_batches: int = 10
