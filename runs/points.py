@@ -225,6 +225,7 @@ def draw(record, path):
     curves("hapo at 3e-4: ratios beyond a uniform interval", "rollout", "share of such tokens", record["left"])
     axis = panel("steer: entropy's change by one step", "predicted: mean of -Omega", "measured, nats")
     axis.plot(*zip(*record["entropy_change"]), ".", color=pictures.OWN)
+    axis.locator_params(axis="x", nbins=5)
     curves("lp_reg: first move *2 where it is needed", "rollout", "share of completions", record["sparks"])
     axis = panel("thr: hidden rewards of tokens", "THR (the ends hold all beyond)", "share, logarithmic")
     axis.bar(*zip(*record["thr"]), width=0.2, color=pictures.OWN)
