@@ -125,8 +125,8 @@ def verdict(lesson, base_text, found):
 def items(summary, script):
     """A script's items without flags of their own; where there are none the first on each data."""
     mine = [i for i in summary if re.fullmatch(rf"{script}(@.*)?", i)]
-    first = {i.partition(",")[0]: i for i in reversed(mine)}
-    return [i for i in mine if "," not in i] or list(first.values())[::-1]
+    first = {i.partition(",")[0]: i for i in reversed(mine)}.values()
+    return [i for i in mine if "," not in i] or [i for i in mine if i in first]
 
 
 def compare(mine, theirs):
