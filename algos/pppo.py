@@ -179,7 +179,7 @@ def informative(rewards, args):
 
 def prefix_lengths(lengths, eta):
     """Tokens per completion -> tokens of its prefix, at least one of those that there are."""
-    return (eta * lengths.double() + 1e-9).long().clamp(min=1).minimum(lengths)
+    return (eta * lengths.cpu().double() + 1e-9).long().to(lengths.device).clamp(min=1).minimum(lengths)  # MPS has no doubles
 
 
 def prefixes(batch, eta):
