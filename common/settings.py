@@ -142,7 +142,7 @@ def _check(args):
         if words and value not in words:
             raise UserError(f"{flag} must be one of {', '.join(map(str, words))}; it is {value!r}")
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, (str, bool, type(None))):
+            if not isinstance(x, (int, float)) or isinstance(x, bool):
                 continue
             limit, colon, why = limits.get(field, "0 <= x").partition(": ")
             low, above, below, high = re.fullmatch(r"(?:(\S+) (<=?) )?x(?: (<=?) (\S+))?", limit).groups()

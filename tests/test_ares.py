@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from algos import ares, dapo
+from common import UserError, settings
 from tests.helpers import ROOT, lines, run, tiny
 
 __all__ = ["tiny"]
@@ -184,6 +185,11 @@ def test_what_is_shaped_and_weighed_is_trained_on(tmp_path):
         assert found[0] == mine[0] and found[1] != mine[1], flags
     shuffled = second(buckets="shuffled")
     assert shuffled[0] != mine[0] and shuffled[1] != mine[1]
+
+
+def test_limits_hold_within_a_tuple():
+    with pytest.raises(UserError, match="--bucket-beta must be at least 0, is -5.0"):
+        settings.resolve(ares.Args(bucket_beta=(1.0, -5.0, 1.0)))
 
 
 def test_tau_begins_with_the_first_windows():

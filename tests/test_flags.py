@@ -485,7 +485,7 @@ def test_help_says_what_the_method_is_and_what_its_presets_are(monkeypatch, caps
     assert "Family:" not in text
     assert text.index("dapo options") < text.index("--eps-low") < text.index("shared options") < text.index("--model")
     for line in ("(default: route for tiny, else gsm8k)", "(default: 120 for tiny, else 200)", "per prompt (default: 8)",
-                 "(default: 0.0001 for tiny, else 1e-06)", "(Section 4.1) (default: 0.28)"):  # fmt: skip
+                 "(default: 0.0001 for tiny, else 1e-06)", "Section 4.1) (default: 0.28)"):  # fmt: skip
         assert line in text
     text = helped(dpo, monkeypatch, capsys)
     assert "(default: letters for tiny, else trl-lib/ultrafeedback_binarized)" in text and "else 5e-07)" in text
