@@ -4,9 +4,10 @@ from three probes of the untrained tiny model.
 python -m runs.points                         runs/reference/tokens-points.{png,json}
 python -m runs.points --out runs/points/mine
 
-The runs: grpo, lp_reg, thr, gtpo, d3s, rng, forking_tokens, hapo and ares on route, as headed in runs/reference/README.md; a
-missing one is named. The probes: does STEER's estimate tell how a step changes the entropy; do a completion's first tokens
-decide whether it comes out right (PPPO); how sure are groups of answers to easy and hard prompts (SEED-GRPO).
+The runs: those on route of grpo, steer, lp_reg, thr, gtpo, d3s, rng, forking_tokens, hapo and ares, by the commands in
+runs/reference/README.md; a missing one is named. The probes: does STEER's estimate tell how a step changes the entropy; do a
+completion's first tokens decide whether it comes out right (PPPO); how sure are groups of answers to easy and hard prompts
+(SEED-GRPO).
 """
 
 import contextlib
@@ -57,6 +58,13 @@ def metric(script, key, flags=PLAIN):
 
 
 # ---------------------------------------------------------------- from the runs
+
+
+def ends(script, keys, flags=PLAIN):
+    """{key: [mean over the first 20 rollouts, over the last 20]} of all seeds."""
+    of = [rows(script, flags, "metrics", seed) for seed in SEEDS]
+    parts = slice(None, 20), slice(-20, None)
+    return {key: [statistics.mean(row[key] for run in of for row in run[part]) for part in parts] for key in keys}
 
 
 def sparks(script):
@@ -178,7 +186,12 @@ def gathered(o):
     thr = [x for _, xs in logged("thr", "thr") for x in xs]
     low, high = -4.0, 4.0
     counts = Counter(min(39, max(0, int((x - low) / (high - low) * 40))) for x in thr)
+    means = dict(
+        steer=["damping"], lp_reg=["proxy_kl"], thr=["kept", "kept_forks"], gtpo=["delta", "conflict"], d3s=["trained"]
+    )
     return probes | dict(
+        ends={name: ends(name, keys) for name, keys in means.items()}
+        | dict(ares=ends("ares", ["lam_easy", "lam_medium", "lam_hard"], WITHOUT_FILTER)),
         sparks={name: sparks(name) for name in ("grpo", "lp_reg")},
         thr=[[low + (i + 0.5) / 40 * (high - low), counts[i] / len(thr)] for i in range(40)],
         conflict=by_kind(logged("gtpo", "conflict"), lambda x: x != 1),

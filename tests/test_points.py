@@ -8,14 +8,13 @@ import pytest
 from common import UserError
 from runs import launch, points
 
-WITH = dict(
-    grpo=points.PLAIN, lp_reg=points.PLAIN, thr=points.PLAIN, gtpo=points.PLAIN, d3s=points.PLAIN, rng=points.PLAIN,
-    forking_tokens=points.WITHOUT_FILTER, ares=points.WITHOUT_FILTER, hapo=f"lr-3e-4-{points.PLAIN}",
-)  # fmt: skip
+WITH = dict.fromkeys("grpo steer lp_reg thr gtpo d3s rng".split(), points.PLAIN)
+WITH |= dict.fromkeys(("forking_tokens", "ares"), points.WITHOUT_FILTER) | dict(hapo=f"lr-3e-4-{points.PLAIN}")
 TOKENS = ["*", "2", "=", "0", "8", "<eos>"]
 ROW = dict(
     entropy=0.5, entropy_selected=1.0, entropy_selected_min=0.4, entropy_rest=0.1, left_of_sure=0.1, right_of_unsure=0.2,
-    n_he_easy=1.0, n_he_medium=2.0, n_he_hard=3.0, tokens=1000,
+    n_he_easy=1.0, n_he_medium=2.0, n_he_hard=3.0, tokens=1000, damping=1.0,
+    proxy_kl=0.0, kept=0.3, kept_forks=0.6, delta=1.0, conflict=0.2, trained=1.0, lam_easy=0.1, lam_medium=0.1, lam_hard=0.1,
 )  # fmt: skip
 
 
@@ -46,6 +45,8 @@ def test_counts_by_hand(made_up):
     assert points.by_kind(points.logged("d3s", "selected"), bool) == {"move": 1.0, "digit": 0.0, "=": 0.0, "end": 1.0}
     assert points.over_tokens("grpo")[0] == [(0.0, 0.3), (20.0, 0.5), (40.0, pytest.approx(0.7))]
     assert points.over_tokens("d3s")[0] == [(0.0, 0.3), (5.0, 0.5), (10.0, pytest.approx(0.7))]
+    assert points.ends("gtpo", ["entropy", "conflict"]) == {"entropy": [pytest.approx(10.5 / 40), pytest.approx(30.5 / 40)],
+                                                            "conflict": [pytest.approx(0.2)] * 2}  # fmt: skip
     curve = points.metric("grpo", "entropy")[0]
     assert [x for x, _ in curve] == [10, 20, 30, 40] and curve[0][1] == pytest.approx(5.5 / 40)
 
