@@ -195,10 +195,10 @@ class Run:
         self.write(metrics, tokens, dict(reward="reward", accuracy=accuracy, length="len", entropy="H"))
         if not self.main:
             return
-        self.idle = 0 if batch.group == 1 or metrics["informative_groups"] > 0 else self.idle + 1
+        self.idle = 0 if batch.group == 1 or metrics["adv_max"] or metrics["adv_min"] else self.idle + 1
         if self.idle == IDLE:
             cut = f"{metrics['truncated']:.0%} of the last completions were cut at --max-new-tokens {self.args.max_new_tokens}"
-            self.bar.write(f"note: in {IDLE} rollouts no prompt had a better and a worse completion: nothing is learnt; {cut}")
+            self.bar.write(f"note: in {IDLE} rollouts no completion had an advantage over another: nothing is learnt; {cut}")
         for i in range(min(len(batch.texts), max(2, batch.group))):
             row = dict(step=self.state["step"]) | samples.record(self.tokenizer, batch, i, self.state["step"] % 20 == 1)
             self.samples.write(json.dumps(row) + "\n")

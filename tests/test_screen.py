@@ -66,15 +66,16 @@ def test_a_sample_has_its_prompt_and_the_right_answer():
     assert first["tokens"] == ["a", "b"] and first["columns"] == dict(logp=[-0.1235, -1.0], entropy=[0.25, 0.5])
 
 
-def idle(spreads, group=2):
-    """What a run says after rollouts with these shares of groups that teach something."""
+def idle(largest, group=2):
+    """What a run says after rollouts with these largest and least advantages, or these and their negatives."""
     r = SimpleNamespace(idle=0, bar=Bar(), main=True, aloud=False, times={}, state=dict(step=5), measure="accuracy")
     r.tokenizer = None
     r.args, r.write, r.samples = grpo.Args(max_new_tokens=28), lambda *_: None, SimpleNamespace(write=lambda _: None)
     told = []
-    for i, spread in enumerate(spreads):
+    for i, adv in enumerate(largest):
         empty = SimpleNamespace(mask=torch.zeros(1, 1), texts=[], group=group)
-        runlog.Run.log(r, dict(informative_groups=spread, truncated=0.25), empty)
+        high, low = adv if isinstance(adv, tuple) else (adv, -adv)
+        runlog.Run.log(r, dict(adv_max=high, adv_min=low, informative_groups=0.0, truncated=0.25), empty)
         told += [(i, line) for line in r.bar.lines[len(told) :]]
     return told
 
@@ -85,6 +86,7 @@ def test_a_run_that_cannot_learn_says_so():
     assert at == 4 and "nothing is learnt; 25% of the last completions were cut at --max-new-tokens 28" in line
     assert [at for at, _ in idle([0, 0, 0, 0, 0.1, 0, 0, 0, 0, 0, 0])] == [9]
     assert idle([0.0] * 4 + [0.5] + [0.0] * 4) == [] == idle([0.0] * 9, group=1)
+    assert idle([(-1.0, -1.0), (0.0, -1.0), (0.5, 0.0)] * 3) == []  # of wrong ones alone, of the worse half, of the better
 
 
 @pytest.mark.parametrize("scores, ended, found", [
