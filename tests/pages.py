@@ -5,7 +5,7 @@ import re
 import statistics
 from dataclasses import dataclass, field
 
-from tests.parts import measuring_lines, note
+from tests.parts import lines_of, measures, note, world
 
 MEASURES = ("greedy accuracy after", "greedy score after", "win_rate")  # of a verdict: the first there is
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
@@ -149,9 +149,9 @@ def index(lessons, found):
             names = [f"`{part}`" for part in lesson.parts]
             names += [f"`{part}` as in [{other}]({other}.py)" for part, other in lesson.copies.items()]
             result = verdict(lesson, lessons[lesson.base].text, found)
-            looks = measuring_lines(lesson.text)
-            looks = f" and {looks} that measure" if looks else ""
-            says += f" Changes {', '.join(names)}; {lesson.lines} lines{looks}; {result}."
+            beside = {"that measure": measures(lesson.text), "of a world": world(lesson.text)}
+            beside = "".join(f" and {lines_of(names, lesson.text)} {what}" for what, names in beside.items() if names)
+            says += f" Changes {', '.join(names)}; {lesson.lines} lines{beside}; {result}."
         out.append(says)
         for child in below(lesson.name, lesson.family):
             entry(child, depth + 1)

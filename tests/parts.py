@@ -28,10 +28,20 @@ def same(text):
     return {n.strip(): script for script, names in rows for n in names.split(",")}
 
 
-def measures(text):
+def measures(text, line="Measures"):
     """Names of the parts that only look and never touch the training, by the line `Measures`."""
-    match = re.search(r"^Measures: (.+(?:\n +.+)*)$", note(text), re.M)
+    match = re.search(rf"^{line}: (.+(?:\n +.+)*)$", note(text), re.M)
     return [n.strip() for n in match[1].split(",")] if match else []
+
+
+def world(text):
+    """Names of the parts that are a task or an environment of the script's own, by the line `World`."""
+    return measures(text, "World")
+
+
+def apart(text):
+    """Names of the parts that are no part of the lesson."""
+    return (*UNCOMPARED, *same(text), *measures(text), *world(text))
 
 
 def family(text):
@@ -109,8 +119,8 @@ def difference(theirs, mine, *names):
 
 def changes(text, base_text):
     """{part: its added and removed lines against the base}, without docstring, own fields, copies of a third
-    script, what only measures, and blank lines; an empty line where lines are left out."""
-    skipped, out = (*UNCOMPARED, *same(text), *measures(text)), {}
+    script, what only measures, a world, and blank lines; an empty line where lines are left out."""
+    skipped, out = apart(text), {}
 
     def numbered(script):
         return [(p, line) for p, c in chunks(script).items() if p not in skipped for line in c.splitlines()]
@@ -135,7 +145,7 @@ def changed_lines(text, base_text):
     return sum(counts.values()), sum(counts.get(loop, 0) for loop in LOOPS)
 
 
-def measuring_lines(text):
-    """Lines of a script that only measure."""
-    parts = [chunk for part, chunk in chunks(text).items() if part in measures(text)]
+def lines_of(names, text):
+    """Lines of these parts of a script, without blank ones."""
+    parts = [chunk for part, chunk in chunks(text).items() if part in names]
     return sum(bool(line.strip()) for part in parts for line in part.splitlines())

@@ -9,7 +9,7 @@ python -m tests.sync sapo       prints the lesson: the lines that a script chang
 docstring says `Base:` or `Stand-alone:`. `Same as <script>.py: <parts>` names what stands word for word in a
 third script: it is held to that one instead of the base, needs no mention in `Differs from`, and its lines
 are not counted, since they are not this paper's. `Measures: <parts>` names what only looks and never touches the
-training: counted apart.
+training, `World: <parts>` what is a task or an environment of the script's own, 60 lines at most: counted apart.
 """
 
 import re
@@ -18,14 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests import pages
-from tests.parts import UNCOMPARED, changed_lines, changes, chunks, difference, differs, family, measures, note, same, split
+from tests import pages, parts
+from tests.parts import apart, changed_lines, changes, chunks, difference, differs, family, measures, note, same, split
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGOS = ROOT / "algos"
 UNSAID = "equation numbers not at hand"  # what a docstring says where no source of the script has them
 PLACE = re.compile(rf"\b(Eqs?\. ?\(?\d|[Ss]ections? \d|[Aa]ppendix [A-Z\d]|Algorithm \d|Table \d)|{UNSAID}")
 BUDGET = (60, 20)  # changed lines of a lesson at most: all, and those inside its loop
+WORLD = 60  # lines of a world at most
 # Who may have more, and why. A number is what is there, or the budget's where that is kept.
 EXCEPTIONS = {
     "ppo": (101, 34, "a critic: a second model with a loss and an optimizer of its own"),
@@ -51,7 +52,7 @@ def out_of_step(name, text, base_text):
     """Complaints about a script's text against its base's."""
     base, allowed = differs(text)
     mine, theirs, complaints = chunks(text), chunks(base_text), []
-    for chunk in [c for c in {**theirs, **mine} if c not in (*UNCOMPARED, *same(text), *measures(text))]:
+    for chunk in [c for c in {**theirs, **mine} if c not in apart(text)]:
         if mine.get(chunk) != theirs.get(chunk) and chunk not in allowed:
             diff = difference(theirs.get(chunk, ""), mine.get(chunk, ""), f"{base}.py", f"{name}.py")
             says = f"{chunk} differs from {base}.py and the docstring does not say so"
@@ -62,6 +63,8 @@ def out_of_step(name, text, base_text):
             complaints.append(f"{name}.py: {says}")
     for chunk in [c for c in measures(text) if c not in mine]:
         complaints.append(f"{name}.py: the docstring says that {chunk} measures, but there is none")
+    for chunk in [c for c in parts.world(text) if c not in mine]:
+        complaints.append(f"{name}.py: the docstring says that {chunk} is its world, but there is none")
     shared = [c for c in mine if c in theirs]
     if shared != [c for c in theirs if c in mine]:
         complaints.append(f"{name}.py: its parts stand in another order than in {base}.py")
@@ -123,7 +126,8 @@ def problems(name, texts):
         return found
     if base not in texts:
         return [*found, f"{name}.py: there is no base {base}.py"]
-    lines = changed_lines(text, texts[base])
+    lines, world = changed_lines(text, texts[base]), parts.lines_of(parts.world(text), text)
+    found += [f"{name}.py: its world has {world} lines, more than {WORLD}"] if world > WORLD else []
     return found + out_of_step(name, text, texts[base]) + over_budget(name, lines, EXCEPTIONS)
 
 
@@ -132,7 +136,7 @@ def merge(name, text, base_text, old_base_text):
     `old_base_text` merged into the named parts. -> (text, conflicts)."""
     _, allowed = differs(text)
     mine, theirs, old = chunks(text), chunks(base_text), chunks(old_base_text)
-    conflicts, out, kept = [], [], (*UNCOMPARED, *same(text), *measures(text))
+    conflicts, out, kept = [], [], apart(text)
     order = [c for c in mine]
     for i, chunk in enumerate(theirs):  # a part that is new in the base goes after its neighbour there
         if chunk not in mine and chunk not in allowed and chunk not in kept:
@@ -180,9 +184,9 @@ def written(texts):
     """{path: text} of the pages about the scripts."""
     lessons = {}
     for name, text in texts.items():
-        base, parts = differs(text)
+        base, named = differs(text)
         lines = changed_lines(text, texts[base])[0] if base else 0
-        lessons[name] = pages.Lesson(name, text, family(text) or "none", base, parts, same(text), lines)
+        lessons[name] = pages.Lesson(name, text, family(text) or "none", base, named, same(text), lines)
     records, readme = pages.records(ROOT / "runs" / "reference"), ROOT / "README.md"
     out = {readme: pages.readme(readme.read_text(), lessons)} if readme.exists() else {}
     return out | {ALGOS / "README.md": pages.index(lessons, records)}

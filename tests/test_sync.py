@@ -130,9 +130,23 @@ def test_what_only_measures_is_counted_apart():
         "Differs from grpo.py in: surrogate", "Differs from grpo.py in: surrogate\nMeasures: measure"
     )
     assert sync.out_of_step("sapo", text, BASE) == [] and sync.changed_lines(text, BASE) == sync.changed_lines(SAPO, BASE)
-    assert parts.measuring_lines(text) == 2 and sync.merge("sapo", text, BASE, BASE) == (text, [])
+    assert parts.lines_of(parts.measures(text), text) == 2 and sync.merge("sapo", text, BASE, BASE) == (text, [])
     gone = text.replace(body, "")
     assert ["sapo.py: the docstring says that measure measures, but there is none"] == sync.out_of_step("sapo", gone, BASE)
+
+
+def test_a_world_is_counted_apart():
+    """No lesson either, at most 60 lines, and it must be there."""
+    body = "class Door:\n" + "    x = 1\n" * 59 + "\n\n"
+    text = SAPO.replace("def kl_penalty", body + "def kl_penalty").replace(
+        "Differs from grpo.py in: surrogate", "Differs from grpo.py in: surrogate\nWorld: Door"
+    )
+    assert sync.out_of_step("sapo", text, BASE) == [] and sync.changed_lines(text, BASE) == sync.changed_lines(SAPO, BASE)
+    assert sync.merge("sapo", text, BASE, BASE) == (text, []) and sync.problems("sapo", {"sapo": text, "grpo": BASE}) == []
+    long = text.replace("    x = 1\n", "    x = 1\n    x = 2\n", 1)
+    assert sync.problems("sapo", {"sapo": long, "grpo": BASE}) == ["sapo.py: its world has 61 lines, more than 60"]
+    gone = text.replace(body, "")
+    assert ["sapo.py: the docstring says that Door is its world, but there is none"] == sync.out_of_step("sapo", gone, BASE)
 
 
 def test_scripts_come_after_what_they_are_held_to(tmp_path, monkeypatch):
