@@ -31,6 +31,7 @@ WORLD = 60  # lines of a world at most
 EXCEPTIONS = {
     "ppo": (101, 34, "a critic: a second model with a loss and an optimizer of its own"),
     "rto": (80, 20, "trains a DPO model first: two methods in one script"),
+    "spo": (145, 31, "two methods in one script, a chain and a tree, each with its own way to sample and to value"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),
 }
 
