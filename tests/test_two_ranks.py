@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import ROOT, tiny
 
 __all__ = ["tiny"]
-SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo spo spo:tree steer thr".split()  # or script:mode
+SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pf_ppo pppo rng seed_grpo spo spo:tree steer thr".split()  # or script:mode
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
 # process with groups of its own, which is not a script's doing.
 EACH = """
