@@ -100,7 +100,8 @@ def summary(batch):
     groups = batch.accuracy.view(-1, batch.group)
     spread = groups.max(1).values - groups.min(1).values
     values = dict(reward=batch.reward, accuracy=batch.accuracy, length=batch.mask.sum(1).float())
-    values |= dict(truncated=batch.truncated.float(), informative_groups=(spread > 1e-6).float(), adv_mean=batch.adv.mean(1))
+    adv = batch.adv.where(batch.trained, 0.0).sum(1) / batch.trained.sum(1).clamp(min=1)  # padding is each process's own
+    values |= dict(truncated=batch.truncated.float(), informative_groups=(spread > 1e-6).float(), adv_mean=adv)
     out = {k: gpu.total(gpu.double(v).sum().item()) / gpu.total(v.numel()) for k, v in values.items()}
     out["reward_timeouts"] = gpu.total(batch.timeouts)
     out["adv_max"], out["adv_min"] = gpu.maximum(batch.adv.max().item()), -gpu.maximum(-batch.adv.min().item())

@@ -22,7 +22,8 @@ import tyro
 from common import UserError, reason
 from runs import launch, pictures
 
-MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")  # of a difference: the first there is
+# Of a difference: the first that there is.
+MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
 WARM_STARTS = ("route",)  # tasks whose option, route:1, is the seed of another warm start
 KEPT = ("step", *pictures.ONLINE, *pictures.PAIRS, "chosen_shift")  # of a curve

@@ -40,6 +40,7 @@ def gate(script, sign, probability=0.1, together=False):
         logp = (old_logp + shift[:, None] * moved).requires_grad_()
         values = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, args=args)
         values |= dict(entropy=torch.ones_like(old_logp), h=0 * old_logp, proxy=old_logp, protected=~mask)
+        values["rank_id"] = (torch.arange(T) // (T // 2)).expand(mask.shape)  # two lines
         wanted = inspect.signature(script.surrogate).parameters
         objective, _ = script.surrogate(**{k: values[k] for k in wanted})
         objective.sum().backward()

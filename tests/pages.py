@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from tests.parts import lines_of, measures, note, world
 
-MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")  # of a verdict: the first there is
+# Of a verdict: the first that there is.
+MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
 PRESET = dict(task="route", data="letters")  # the tiny model's, where a script has none of its own
 HEAD = """*Written by `python -m tests.sync`, never by hand; the reading order stands in tests/pages.py.*

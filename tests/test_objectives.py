@@ -18,6 +18,8 @@ def load(name):
 
 def arguments(script, **changes):
     values = dict(group_size=4, max_new_tokens=8, steps=1) | changes
+    if "items" in script.Args.__dataclass_fields__:
+        values.setdefault("items", 5)  # of a list; what is open in Args is the preset's
     return script.Args(**values)
 
 
@@ -33,7 +35,8 @@ def batch(B=6, T=5, seed=0, spread=0.3):
     proxy, protected = logp + torch.rand(B, T, generator=g), mask & (adv < 0) & (torch.rand(B, T, generator=g) < 0.5)
     conflict, selected = (torch.rand(B, T, generator=g) * 2 for _ in range(2))
     b = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=entropy, score=score, h=h, completion=mask)
-    return b | dict(proxy=proxy, protected=protected, conflict=conflict, selected=selected)
+    rank_id = (torch.arange(T) // 2).expand(B, T)  # lines of two tokens
+    return b | dict(proxy=proxy, protected=protected, conflict=conflict, selected=selected, rank_id=rank_id)
 
 
 def unprotected(b):
@@ -186,6 +189,7 @@ def is_a_product(script, step=0.01):
     """Whether log-ratios add up over a completion: where each of five tokens gained a step, the objective gained five."""
     one, row = torch.ones(1, 5), torch.full((1, 5), -1.0)
     b = unprotected(dict(logp=row + step, old_logp=row, adv=one, mask=one.bool(), entropy=one, h=0 * one, proxy=row))
+    b["rank_id"] = torch.zeros(1, 5).long()
     objective, _ = surrogate(script, b, arguments(script))
     return objective[0, 4].log().item() == pytest.approx(5 * step, rel=1e-3)
 

@@ -10,7 +10,10 @@ import pytest
 from tests.helpers import ROOT, tiny
 
 __all__ = ["tiny"]
-SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pf_ppo poad pppo rlfr rng seed_grpo spo spo:tree steer thr".split()  # or script:mode
+# Scripts, or script:mode.
+SCRIPTS = (
+    "ares d3s forking_tokens gtpo hapo lp_reg pf_ppo poad pppo rank_grpo rlfr rng seed_grpo spo spo:tree steer thr".split()
+)
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
 # process with groups of its own, which is not a script's doing.
 EACH = """
@@ -24,6 +27,7 @@ for which in {names!r}:
     flags = dict(task="addition", steps=2, prompts_per_step=8, group_size=4, minibatches=2, eval_prompts=8, checkpoint_every=0,
                  micro_batch_tokens=256, dtype="float64", run_dir={folder!r} + "/" + which, max_gen_batches=0)
     flags |= dict(mode=mode, edges_now=8) if mode else dict()  # edges wait
+    flags |= dict(task="titles") if name == "rank_grpo" else dict()
     flags |= dict(task="door", critic_first=0) if name == "poad" else dict()  # an environment; the policy moves from the start
     known = script.Args.__dataclass_fields__
     sys.argv = [name]

@@ -1,0 +1,132 @@
+"""Pictures of single methods: the probes on a small scale, numbers by hand from made-up runs, every picture drawn."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from common import UserError
+from runs import launch, pictures
+from runs.panels import __main__ as panels
+from runs.panels import columns, metrics, pf_ppo, poad, rank_grpo, rlfr, spo, start, t_ppo
+
+REFERENCE = launch.ROOT / "runs" / "reference" / "panels"
+
+
+@pytest.mark.parametrize("name", panels.NAMES)
+def test_a_committed_picture_is_drawn_again(name, tmp_path):
+    (tmp_path / f"{name}.json").write_text((REFERENCE / f"{name}.json").read_text())
+    panels.main(panels.Options(scripts=(name,), out=str(tmp_path), redraw=True))
+    assert (tmp_path / f"{name}.png").stat().st_size > 20_000 and (REFERENCE / f"{name}.png").exists()
+    assert json.loads((tmp_path / f"{name}.json").read_text())["command"] == f"python -m runs.panels {name}"
+
+
+def test_unknown_and_missing(tmp_path):
+    with pytest.raises(UserError, match="no picture of grpo; there are: pf_ppo, "):
+        panels.main(panels.Options(scripts=("grpo",), out=str(tmp_path)))
+    with pytest.raises(UserError, match="--redraw needs the numbers in .*spo.json"):
+        panels.main(panels.Options(scripts=("spo",), out=str(tmp_path), redraw=True))
+
+
+def write(folder, script, flags, seed, rows, evals=()):
+    place = folder / "runs" / "compare" / "-".join([script, str(seed), *([flags] if flags else [])])
+    place.mkdir(parents=True)
+    for name, of in dict(metrics=rows, evals=evals).items():
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+
+
+def test_a_run_that_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="t_ppo-1-task-addition:3/metrics.jsonl is missing: the comparisons of"):
+        metrics("t_ppo", t_ppo.TASK)
+
+
+def test_t_ppo_from_made_up_runs(tmp_path, monkeypatch):
+    """The clock is the sum of the longest new parts; of steps without a finished response there is no length."""
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    evals = [dict(step=i, greedy_accuracy=i / 10) for i in (0, 2, 4)]
+    for seed in (1, 2, 3):
+        rows = [dict(step=i, clock=10 + i, generated=5, trained=4, waiting_tokens=3, length=7.0) for i in (1, 2, 3, 4)]
+        rows[0]["length"] = None
+        for flags in t_ppo.FLAGS.values():
+            write(tmp_path, "t_ppo", flags, seed, rows, evals)
+        write(tmp_path, "ppo", t_ppo.TASK, seed, rows[1:] + rows[3:], evals)
+    data = t_ppo.numbers(1)
+    assert data["over"]["zero"] == [[(0, 0.0), (23, 0.2), (50, 0.4)]] * 3
+    assert data["over"]["ppo"] == [[(0, 0.0), (76, 0.2), (152, 0.4)]] * 3
+    assert data["lengths"]["all"][0] == [(2, 7.0), (3, 7.0), (4, 7.0)] and data["tokens"]["trained"][2][0] == (1, 4)
+
+
+def test_poad_from_made_up_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    for flags in ("", "gamma-w-0.95", *(f"{own}task-door:{n}" for own in ("", "gamma-w-0.95-") for n in (2, 4))):
+        for seed in (1, 2, 3):
+            rows = [dict(step=i, steps=2.5, accuracy=i / 10, value_error=float(i), length=5.0) for i in range(1, 8)]
+            write(tmp_path, "poad", flags, seed, rows)
+    arm = poad.numbers(1)["arms"]["ntpo x4"]
+    assert arm["returns"][1][:2] == [(240, 0.1), (480, 0.2)]  # 96 episodes of 2.5 steps
+    assert arm["value_error"] == [5.0] * 3 and arm["length"] == 5.0  # the last five of seven
+
+
+def test_rank_grpo_counts_and_smooths():
+    assert rank_grpo.smooth([(i, float(i == 3)) for i in range(1, 7)], 3) == [
+        (1, 0), (2, pytest.approx(1 / 3)), (3, pytest.approx(1 / 3)), (4, pytest.approx(1 / 3)), (5, 0), (6, 0)
+    ]  # fmt: skip
+    found = rank_grpo.by_rank("tiny", 1, n=4, prompts=16)
+    assert len(found["hits"]) == 5 and found["hits"][0] > found["hits"][4] > 0.1  # the later, the worse
+    assert 0.5 < found["exact"] < 1
+
+
+def test_columns():
+    runs = [[dict(step=1, a=2.0), dict(step=2, a=float("nan"))], [dict(step=1, a=3.0)]]
+    assert columns(runs, None, "a") == dict(a=[[(1, 2.0)], [(1, 3.0)]]) and columns(runs[1:], "a", "step") == dict(
+        step=[[(3, 1)]]
+    )
+
+
+def test_spo_on_a_small_scale():
+    """Values of many completions are near those of 9; in a tree a node is worth the mean of its children."""
+    s = start(spo.spo, seed=1)
+    prompts = s.task.order(0, 2, 1)
+    errors, row = spo.chains(s, prompts, 40, (1, 5))
+    assert errors[1]["mse"] < errors[1]["mean_square"] and errors[1]["segments"] >= errors[5]["segments"] >= 0.5
+    assert len(row["p"]) == len(row["tokens"]) == len(row["start"]) and any(row["start"])
+    tree = spo.small_tree(s, prompts[0])
+    nodes = tree["nodes"]
+    for i, value in [(-1, tree["root"]), *((i, n["value"]) for i, n in enumerate(nodes))]:
+        below = [n for n in nodes if n["parent"] == i]
+        assert not below or sum(n["value"] for n in below) / len(below) == pytest.approx(value, abs=1e-5)
+        assert all(n["adv"] == pytest.approx(n["value"] - value, abs=1e-5) for n in below)
+        assert len(below) == (3 if i < 0 or nodes[i]["open"] else 0)
+    edge, questions, roots = spo.grown(s, prompts, (3, 3, 3))
+    before, behind = spo.states(edge, questions)
+    assert len(roots) == 2 and all(y[: len(x)] == x and len(y) > len(x) for x, y in zip(before, behind))
+    assert spo.tree_error(s, prompts[:1], 20)["mse"] < 0.2
+
+
+def test_pf_ppo_on_a_small_scale():
+    data = pf_ppo.numbers(1, prompts=32)
+    assert len(data["quality"]) == 160 and set(data["r2"]) == {"middle", "uniform"}
+    assert data["r2"]["middle"]["bw"] > data["r2"]["middle"]["bon"]
+    sure = [(q, r) for q, r in zip(data["quality"], data["reward"]["middle"]) if abs(q) == 1]
+    assert sure and all(q == r for q, r in sure)  # where the noise is narrow it is none
+
+
+def test_rlfr_on_a_small_scale():
+    data = rlfr.numbers(1, prompts=8, flow_steps=20)
+    assert len(data["fit"]) == 20 and data["fit"][-1] < data["fit"][0]
+    assert data["table"]["all"]["right"] + data["table"]["all"]["wrong"] == 64 and data["table"]["all"]["auc"]["-log p"] > 0.8
+    assert [row["right"] for row in data["shown"]] == [True, False]
+    assert all(len(row["D"]) == len(row["tokens"]) and min(row["D"]) > 0 for row in data["shown"])
+    scores = dict(x=torch.tensor([1.0, 2, 3, 4]))
+    right = torch.tensor([True, False, True, False])
+    assert rlfr.aucs(scores, right, torch.ones(4) > 0) == dict(right=2, wrong=2, auc=dict(x=0.75))
+
+
+def test_every_panel_has_its_parts():
+    for name in panels.NAMES:
+        panel = importlib.import_module(f"runs.panels.{name}")
+        assert len(panel.SIZE) == 2 and callable(panel.numbers) and callable(panel.draw)
+        assert (launch.ROOT / "algos" / f"{name}.py").exists()
+    assert pictures.pyplot().get_backend().lower() == "agg"
