@@ -50,6 +50,10 @@ class Batch:
         out |= {name: listed(value) for name, value in out.items() if isinstance(value, list)}
         return type(self)(**out | dict(columns={name: change(name, x) for name, x in self.columns.items()}))
 
+    def to(self, device):
+        """The batch on that device."""
+        return self._map(lambda _, value: value.to(device), list)
+
     def take(self, rows):
         """Rows [b] as a batch of their own, cut to their longest prompt and completion by attention: masks may have holes."""
         T, seen = self.mask.shape[1], self.attention_mask[rows]

@@ -121,6 +121,7 @@ def restore(run, found, policy, optimizer):
             what = f"a rollout that waits has {odd[0]} groups, which {gpu.world()} processes cannot share evenly"
             raise UserError(f"--resume {run.dir}: {what}; go on with {len(saved['queue'])}")
         run.queue = [b.groups(gpu.local(torch.arange(len(b.ids) // b.group))) for b in joined]
+    run.queue = [b.to(gpu.device()) for b in run.queue]
     if run.main:
         folders = _all(run.dir)
         for damaged in folders[folders.index(folder) + 1 :]:  # its step is run and saved again

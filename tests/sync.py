@@ -31,6 +31,7 @@ WORLD = 60  # lines of a world at most
 EXCEPTIONS = {
     "ppo": (101, 34, "a critic: a second model with a loss and an optimizer of its own"),
     "rto": (80, 20, "trains a DPO model first: two methods in one script"),
+    "t_ppo": (80, 29, "responses outlive the step: a pool of slots, and two kinds of rows from the rollout to the log"),
     "poad": (199, 62, "episodes of many actions, in an environment: rollout, evaluation and critic are of another kind"),
     "rlfr": (179, 20, "a second network, with a first fit, a loss and an optimizer of its own"),
     "spo": (145, 31, "two methods in one script, a chain and a tree, each with its own way to sample and to value"),

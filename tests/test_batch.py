@@ -1,12 +1,13 @@
 """Batches: columns, cuts, the scoring pass, minibatches, and the loop's own arithmetic."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from algos import grpo, ppo
-from common import engines, gpu, rollout, tasks
+from common import checkpoint, engines, gpu, rollout, tasks
 from common.batch import Batch, _engine_ratio, collate, cuts, minibatches, read
 from common.worlds import tiny as tiny_models
 from tests.batches import args, sample, tiny
@@ -380,3 +381,17 @@ def test_lora_trains_and_syncs_merged_weights(tmp_path):
     assert merged.keys() == start.keys()
     moved = [k for k in merged if not torch.equal(merged[k], start[k])]
     assert moved and all("proj.weight" in k for k in moved)
+
+
+def test_what_waits_is_resumed_on_the_device(tiny, tmp_path, monkeypatch):
+    """A checkpoint is read on the CPU; a batch of its queue goes where the model is, columns and all."""
+    _, batch = sample(tiny)
+    batch.columns["x"] = torch.ones_like(batch.mask)
+    module = torch.nn.Linear(2, 2)
+    saved = dict(own=module.state_dict(), optimizer=None, queue=[[batch]])
+    run = SimpleNamespace(dir=tmp_path, extra={}, schedules=[], main=False)
+    monkeypatch.setattr(gpu, "device", lambda: torch.device("meta"))
+    checkpoint.restore(run, (tmp_path, dict(model=checkpoint._key(module)), saved), module, None)
+    (moved,) = run.queue
+    assert {x.device.type for x in (moved.ids, moved.trained, moved.reward, moved.columns["x"])} == {"meta"}
+    assert moved.group == batch.group and moved.texts == batch.texts and batch.ids.device.type == "cpu"
