@@ -61,16 +61,16 @@ def kind(item):
 def run(item, seed, extra, share):
     """One run -> its folder."""
     script, data, _, flags = parts(item)
-    extra = [*([("--data" if kind(item) == "pairs" else "--task"), data] if data else []), *flags, *extra]
+    extra = [*([("--data" if kind(item) == "pairs" else "--task"), data] if data else []), *extra, *flags]
     given = [i for i, word in enumerate(extra) if word.startswith("--")]
-    settings = sorted(extra[i:j] for i, j in zip(given, [*given[1:], None]))
+    settings = sorted({extra[i]: extra[i:j] for i, j in zip(given, [*given[1:], None])}.values())  # its own before all's
     words = [word.lstrip("-").replace("/", "_") for setting in settings for word in setting]
     name = "-".join([script, str(seed), *words])
     folder = launch.ROOT / "runs" / "compare" / name
     mark, now = folder / "done", launch.code(script)
     finished = mark.read_text().splitlines() if mark.exists() else []
     if finished[1:] != [now]:
-        done = launch.complete(script, ["--seed", str(seed), *extra], folder, share)
+        done = launch.complete(script, ["--seed", str(seed), *sum(settings, [])], folder, share)
         if done.returncode:
             raise UserError(f"{script}.py with seed {seed} failed: {launch.last_line(done.stderr)}")
         finished = [launch.last_line(done.stdout), now]

@@ -4,6 +4,7 @@ import itertools
 import json
 import statistics
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -237,3 +238,21 @@ def test_online(tmp_path, monkeypatch, capsys, measure):
     assert "| rto,scale=0 | 0.152" in table and "| rto,scale=0 | +0.000 | equal (one seed) |" in table
     # greedy, entropy, KL and length of every item, but no sampled accuracy
     assert titles(pictures) == [items * 4] and record["data"] == dict.fromkeys(items, "route")
+
+
+def test_an_item_s_own_flag_comes_before_that_for_all(tmp_path, monkeypatch):
+    """Once on the command line, and once in the folder's name."""
+    calls = []
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.setattr(launch, "code", lambda script: "x")
+    monkeypatch.setattr(compare, "kind", lambda item: "online")
+
+    def complete(script, arguments, folder, share):
+        calls.append(arguments)
+        folder.mkdir(parents=True)
+        return SimpleNamespace(returncode=0, stdout="greedy accuracy 0.1 -> 0.5\n")
+
+    monkeypatch.setattr(launch, "complete", complete)
+    folder = compare.run("toy@route,steps=9,plain", 2, ["--steps", "5", "--lr", "1e-3"], None)
+    assert calls == [["--seed", "2", "--lr", "1e-3", "--plain", "--steps", "9", "--task", "route"]]
+    assert folder.name == "toy-2-lr-1e-3-plain-steps-9-task-route"
