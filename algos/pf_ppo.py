@@ -2,12 +2,12 @@
 arXiv 2409.06957 (2024).
 
 Idea: score several completions of a prompt, and train on the best and the worst alone, since a reward model errs most about
-those in between. Which ones to keep is decided before the training: the filter under which rewards tell most about the true
-scores, R2 of a straight line through both. The loss is PPO's, as if the kept completions were all that the policy wrote.
+those in between. The filter is chosen before the training: the one with the highest R2 of a regression of true scores on
+rewards. The loss is PPO's, as if the kept completions were all that the policy wrote.
 
 Objective, to be maximised (PPO's, see ppo.py, over kept completions; equation numbers not at hand):
     J = mean of min(r A, clip(r, 1 - eps, 1 + eps) A) over the tokens of kept completions,   A whitened over these
-    kept: drawn from the N completions of a prompt, by weights w on their rewards R
+    kept: of the N completions of a prompt, by weights w on their rewards R; pow draws, the others take --keep of the heaviest
         bon  1 for the best       br  1/2 for the best, 1/(2(N-1)) for each other       bw  1/2 for the best, 1/2 for the worst
         pow  |R|^power / sum |R|^power       none  1/N
     R2 = 1 - sum w (s - a R - b)^2 / sum w (s - mean s)^2,   a, b of least squares,   s the true score
@@ -15,9 +15,10 @@ Objective, to be maximised (PPO's, see ppo.py, over kept completions; equation n
 This ranks within a prompt and keeps exactly --keep of it, like the authors' first release. The version in verl takes the best
 and worst of the whole batch, gives all that tie the same weight, and draws after advantages were whitened over everything.
 Neither corrects for the choice. The paper fits its line to means of completions of similar reward, here each is a point.
+With --keep 2, the paper's, the shares of what is kept are w; with more, br and bw fill up at random.
 The tiny model's reward model is artificial: R = q + sigma (1 - q^2) xi, cut to [-1, 1], xi normal, q the share of right digits
-from -1 to 1 (--noise uniform: without the bracket). Accuracy and all evaluations stay true. Other models have the task's score
-or --reward's, which pow wants around 0.
+from the right, scaled to -1 to 1 (--noise uniform: without (1 - q^2)). Accuracy and all evaluations stay true: look at the gap
+between the two, and at R2. Other models use the task's score or --reward's; for pow, centre it at 0.
 
 Family: credit
 Differs from ppo.py in: prompts_per_step, group_size, selection_weights, selection, train
@@ -44,7 +45,7 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, titles, chain, addition[:digits], countdown[:n], gsm8k, math, reasoning_gym:<name>, a .jsonl file; None: preset"""
     reward: str | None = None
     """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None

@@ -2,20 +2,21 @@
 
 Idea: an agent acts in text, several tokens an action; what is to come is discounted from one action to the next, and not from
 token to token inside an action. A discount at every token, as in plain token-level PPO, makes a long action worth less than a
-short one with the same effect. Without it the best tokens are those of the best actions, and each has an advantage of its own.
+short one with the same effect. With gamma_w = 1 the best tokens are those of the best action, and each has its own advantage.
 
 Objective, to be maximised (equation numbers not at hand); o_t: observation, w_tj: token j of the n of its action, r_t: reward:
-    J = 1/N sum min(r A, clip(r, 1 - eps, 1 + eps) A) + c H over all N tokens,   r = pi / pi_old,   H: entropy, with gradient
+    J = 1/N sum min(r A, clip(r, 1 - eps, 1 + eps) A) + alpha H over all N tokens,   r = pi / pi_old,   H: entropy
     A_tj = d_tj + gamma_w lambda A_t,j+1,        d_tj = gamma_w V(o_t, w_t,<j+1) - V(o_t, w_t,<j)       inside an action
     A_tn = d_tn + gamma_a c_t lambda A_t+1,1,    d_tn = r_t + gamma_a c_t V(o_t+1) - V(o_t, w_t,<n)     at its last token
     c_t = 0 where the episode ends at t, else 1;   gamma_w = 1 is the paper's backup, gamma_w = gamma_a its control NTPO
     L_V = 1/2 1/N sum max((V - G)^2, (clip(V, V_old - eps_value, V_old + eps_value) - G)^2),   G = A + V_old
 
-A is standardised over the tokens of a minibatch. A minibatch on which k3 says KL(pi_old, pi) > kl_stop makes no policy step.
+A is standardised over the tokens of a minibatch (not in G). A minibatch whose KL(pi_old, pi), by k3, is above kl_stop makes no
+policy step; later ones go on. The critic is a small network on the frozen starting model's states, as in the authors' code.
 The authors' code takes advantages that are exactly 0 for padding; here the mask says what is. Actions are written freely; the
 paper also chooses from a list of admissible ones. Its text has a target network for the critic, its code none, nor has this.
-Ours, on the tiny model: the critic begins alone and has passes of its own, without clipping. Ours everywhere: a floor under the
-standard deviation. Where all is solved, noise would become as large as what was to be learnt.
+Ours, on the tiny model: the critic alone is trained in the first 4 rollouts, and has passes of its own, without clipping. Ours
+everywhere: a floor under the standard deviation; else, once all is solved, dividing by a tiny one amplifies noise.
 
 Family: credit
 Differs from ppo.py in: task, reward, prompts_per_step, epochs, max_new_tokens, stop, format_reward, eval_prompts, eval_samples,
@@ -55,7 +56,7 @@ class Args:
     steps: int | None = None
     """rollouts in all; None here and below: the preset of the model"""
     prompts_per_step: int | None = 96
-    """P, over all processes: episodes are begun with so many seeds (ours: with 32, the paper's, runs came out either way)"""
+    """P, over all processes: episodes are begun with so many seeds (ours; the paper's 32 was unstable here)"""
     group_size: int | None = 1
     """G, completions per prompt; the critic needs no siblings to compare with"""
     minibatches: int | None = None

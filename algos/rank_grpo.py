@@ -9,12 +9,13 @@ Objective, to be maximised (equation numbers not at hand), over the lists i and 
     J = 1/sum_i |y_i| sum_i sum_k |y_ik| min(w A, clip(w, 1 - eps_low, 1 + eps_high) A) - beta k3 of every token
     w_ik = exp( 1/|y_ik| sum_t log r_t ),   r = pi / pi_old,   A_ik = (R_ik - mean R_k) / (std R_k + 1e-4) over the group
     rel_k = 1 where line k is a relevant item for the first time in the list, else 0
-    R_ik = rel_k (exp_inf), sum_j>=k rel_j / log2(j + 1) (log_decay), sum_j>=k rel_j / gamma^(j - k) (exp, of limit exp_inf)
+    R_ik = rel_k (exp_inf), sum_j>=k rel_j / log2(j + 1) (log_decay), sum_j>=k rel_j / gamma^(j - k) (exp; gamma = inf: exp_inf)
+    y_ik: the tokens of rank k;   k3 = e^l - l - 1,  l = log pi_ref - log pi
 
 This is the released code's mean, with a rank's term at each of its tokens, so that long lines weigh more. The paper's is over N
 ranks (--average ranks). The length is paid after the normalisation, as in the code: 0.1 to an EOS behind line N, -0.1 to one
 before, and to every token behind line N; these share one ratio. The 0.1 is for N = 20, where one line too few is a twentieth
-of the list: here it is 20/N times as much. An EOS has no A, but it is in the ratio of its line and moves with it.
+of the list: here it is 20/N times as much. An EOS has this in place of A_ik, and shares its line's ratio.
 
 A line that is no item, or blank, is a rank with R = 0. The code's parser drops it and counts it in the ratio, so that later
 lines are paid for their neighbours. It updates once per rollout, where w is 1; grpo.py's minibatches are kept, and w matters.
@@ -24,7 +25,7 @@ Differs from grpo.py in: beta, segments, rank_rewards, advantages, token_advanta
 World: newlines, written, relevance, ndcg, listed
 Measures: measure
 Costs: a frozen reference model (beta > 0). A line is looked up in the task's answers, which must be lists: a .jsonl file with
-       {"prompt": ..., "answer": ["item", ...]}. --reward says nothing but what accuracy is; it gets all items, between tabs.
+       {"prompt": ..., "answer": ["item", ...]}. --reward changes only the logged accuracy; its answer: all items, between tabs.
 Run:   python algos/rank_grpo.py                                tiny model, CPU, about two minutes
        python algos/rank_grpo.py --model qwen2.5-1.5b --task lists.jsonl            on one GPU
        torchrun --nproc-per-node 8 algos/rank_grpo.py --model qwen2.5-7b --task lists.jsonl
@@ -43,7 +44,7 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, titles, chain, addition[:digits], countdown[:n], gsm8k, math, reasoning_gym:<name>, a .jsonl file; None: preset"""
     reward: str | None = None
     """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None
@@ -203,7 +204,7 @@ def surrogate(logp, old_logp, adv, mask, args, rank_id):
 
 
 def token_weights(mask, args, rank_id):
-    """[B, T] each -> [B, T]: mean over all tokens; or over a rank's, N ranks, and the completions that are not empty."""
+    """[B, T] each -> [B, T]: mean over all tokens; or over a rank's tokens, then N ranks, then lists that are not empty."""
     if args.average == "tokens":
         return mask / mask.sum().clamp(min=1)
     return mask / rank_sums(mask.float(), rank_id).clamp(min=1) / args.items / mask.any(1).sum().clamp(min=1)

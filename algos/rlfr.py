@@ -9,22 +9,24 @@ Objective, to be maximised (GRPO's, with a return for each token; equation numbe
     A_it = z_i - beta_f sum_{s >= t} n_is,   z = (R - mean R) / std R over the group
     n = min-max of D over the completion, if above eta and among its top_k largest, else 0
     D_t = mean over layers and times of tau / (1 - tau) |v(x, tau, c) - (a - e)|^2 / H,   x = tau a + (1 - tau) e
-    a = hidden state at token t, c = that one token before, e = noise, tau = 0.8
+    a = hidden state at token t, c = that one token before, e = noise, tau = 0.8,
+    v = the flow's velocity
 
-The flow is fitted to |v - (a - e)|^2 at random times tau = sigmoid(n), on correct solutions that the start reads; later at the
-rewarding time, on the policy's own correct completions. The authors' code differs: it fits with the state one token after as c
-and scores with the one before; here it is the one before in both. It debiases all times by the last one's factor, and in rows
-without padding takes the second smallest D for the minimum (--minmax official). This is the formula. Here the flow learns from
-the states that it scored, before the policy's update, which saves a pass. Controls: --shuffle deals out the D of a completion
-to its tokens at random; --flow frozen is not trained on, --flow scratch has only the policy's own completions.
+The flow is fitted to |v - (a - e)|^2: first on correct solutions, read by the starting model, at random times (the sigmoid of
+a normal number); later at tau = 0.8, on the policy's own correct completions. The authors' code differs: it fits with the
+state one token after as c and scores with the one before; here it is the one before in both. It debiases all times by the
+last one's factor, and in rows without padding takes the second smallest D for the minimum (--minmax official). Here the flow
+learns from the states that it scored, before the policy's update, which saves a pass. Controls: --shuffle deals out the D of
+a completion to its tokens at random; --flow frozen stops after the first fit, --flow scratch has only the policy's own
+completions.
 
 Family: credit
 Differs from grpo.py in: model, waves, mlp, modulated, Block, Flow, draws, velocity_error, deviation, shuffled, flow_rewards,
     advantages, surrogate, experts, make_flow, readings, flow_stage, score, train
 Measures: auc, measure
 Costs: the flow and its optimizer (as wide as the policy; with 6 blocks at 7B half a billion weights), and fitting it once,
-       before the first step. Three hidden states of a micro-batch's tokens, by the pass that gives old_logp, and noise for them
-       from the CPU: no further pass of the policy.
+       before the first step. Three hidden states of a micro-batch's tokens come from the pass that gives old_logp, noise for
+       them from the CPU: there is no further pass of the policy.
 Run:   python algos/rlfr.py                                     tiny model, CPU, about two minutes
        python algos/rlfr.py --task route --shuffle              the control, where methods can be told apart
        python algos/rlfr.py --model qwen2.5-1.5b --expert solutions.jsonl    GSM8K on one GPU; rows {prompt, answer}, each
@@ -45,7 +47,7 @@ class Args:
     model: str = "tiny-deep"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, titles, chain, addition[:digits], countdown[:n], gsm8k, math, reasoning_gym:<name>, a .jsonl file; None: preset"""
     reward: str | None = None
     """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None
@@ -176,7 +178,7 @@ class Args:
 
 
 def waves(number, size=256):
-    """[..., 1] -> [..., size]: cosines and sines of the number at frequencies from 1 down to 1/10000."""
+    """[..., 1] -> [..., size]: sinusoidal embedding, frequencies from 1 down to 1/10000."""
     angle = number * 10000.0 ** -torch.arange(0, 1, 2 / size, device=number.device)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -203,7 +205,8 @@ class Block(torch.nn.Module):
 
 
 class Flow(torch.nn.Module):
-    """The velocity v of a hidden state of H channels, at L layers of these depths (shares of all); 0 at first."""
+    """The velocity v of a hidden state of H channels, at L layers of these depths (shares of all); 0 at first. Its blocks are
+    those of diffusion transformers: y shifts, scales and gates them (adaLN-Zero)."""
 
     def __init__(self, H, width, blocks, depths):
         super().__init__()
@@ -241,7 +244,7 @@ def velocity_error(flow, target, condition, noise, t):
 
 
 def deviation(flow, target, condition, noise, args):
-    """[n, L, H] each -> D [n], no gradient, every time with its own debias; and the error [n] that the flow learns from."""
+    """[n, L, H] each -> D [n], no gradient, with tau / (1 - tau) of each time; and the error [n] that the flow learns from."""
     errors = [velocity_error(flow, target, condition, noise, noise.new_full((1, 1, 1), t)) for t in args.timesteps]
     debiased = [t / (1 - t) * error.detach() for t, error in zip(args.timesteps, errors)]
     return sum(debiased) / len(errors), sum(errors) / len(errors)

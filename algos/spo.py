@@ -13,9 +13,11 @@ Objective, to be maximised (equation numbers not at hand):
 
 M, mean and variance are of the minibatch, which has B sequences; the penalty is a sum over a sequence's tokens, not a mean.
 Chain: segments start at every interval-th token of M, A is 0 before the first and where pi_old > rho. Tree: every edge is a
-sequence, trained on its own segment; edges with A = 0 are left out. An update without a token, or whose mean ratio is above
-10, is not made. This follows the released code, which also has top-p, encodes decoded prefixes again, clamps log-ratios at 10
-(here 20) and trains on 512 or 1,024 of a step's edges (here on all). Whitening moves tokens with A = 0 away from 0, there too.
+sequence, trained on its own segment; edges with A = 0 are left out. A question's edges are used --edges-now a step, for
+--edge-life steps, so that they are up to 7 steps old, each with the log-probs of the policy that wrote it; what is left then is
+dropped. As in the released code, an update without a token, or whose mean ratio is above 10, is not made, and whitening moves
+tokens with A = 0 away from 0. Unlike it: no top-p, no encoding of decoded prefixes, log-ratios clamped at 20 (there 10), no cap
+on a step's edges over all questions.
 
 Family: credit
 Differs from grpo.py in: beta, unsure, cutpoints, advantages, edges, whiten, chain, tree, dealt, due, surrogate,
@@ -42,7 +44,7 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, titles, chain, addition[:digits], countdown[:n], gsm8k, math, reasoning_gym:<name>, a .jsonl file; None: preset"""
     reward: str | None = None
     """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None
@@ -144,7 +146,7 @@ class Args:
     threshold: float = 0.9
     """rho: a token at least as likely for the policy that sampled is no choice (the paper)"""
     prob_mask: bool = True
-    """trains on the unsure tokens alone (the paper); else on all"""
+    """trains on the unsure tokens alone (the paper); else on all, though in a chain A is 0 at sure ones before the whitening"""
     whiten: bool = True
     """whitens the advantages of a minibatch (the released configs)"""
     interval: int | None = None
@@ -253,8 +255,8 @@ def tree(engine, scorer, tokenizer, prompts, args, noise):
 
 
 def dealt(edge, mean, args, noise):
-    """Batch of all edges -> those with an advantage, in random order and groups as long as the longest of all processes:
-    what a question has not are rows without a token. mean [P, 4]: of the trees, for the log."""
+    """Batch of all edges -> those with an advantage, a group for each question, in random order; shorter groups are padded
+    with empty rows up to the longest of all processes. mean [P, 4]: of the trees, for the log."""
     from common import gpu
 
     question, rows, P = edge.columns.pop("question"), [], len(mean)
@@ -395,7 +397,7 @@ def train(args):
         meter.note(staleness=step - batch.policy_version[0].item())
         measure(meter, batch, args)
         adv, normalise = batch.adv, whiten if args.whiten else None
-        one = batch.mask & (batch.mask.cumsum(1) == 1)  # 1/B for each sequence
+        one = batch.mask & (batch.mask.cumsum(1) == 1)  # whose token_weights are 1/B, for the penalty
         for rows, weights in minibatches(batch, args, step, token_weights, normalise=normalise, sequences=one):
             batch.weights, loss, moved, penalty = weights, 0.0, 0.0, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):

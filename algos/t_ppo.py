@@ -11,8 +11,9 @@ Objective, to be maximised (equation numbers not at hand; no code is public); th
     L_V = 1/2 mean (V_t - G)^2 over all tokens of finished responses, clipped as in ppo.py;   G = sum of gamma^k R_{t+k}
 
 R is the score at the last token of a finished response. One that reaches max_new_tokens is finished, and wrong. That S leaves
-out earlier windows is how the abstract is read here; a reviewer says that all tokens are trained on: --policy-tokens all. The
-clip and lambda are ppo.py's, since the paper's could not be found; nor whether its critic is trained before the policy is.
+out earlier windows is how the abstract is read here; a reviewer says that all tokens are trained on: --policy-tokens all. Not
+found in the paper, so ours: clip and lambda as in ppo.py, and --value-warmup steps at the start that train the critic alone.
+With --beta above 0 its penalty is in R of every token, as in ppo.py.
 
 Family: credit
 Differs from ppo.py in: prompts_per_step, gae, value_targets, advantages, waiting, slots, carry, train
@@ -37,7 +38,7 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, titles, chain, addition[:digits], countdown[:n], gsm8k, math, reasoning_gym:<name>, a .jsonl file; None: preset"""
     reward: str | None = None
     """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None
@@ -128,7 +129,7 @@ class Args:
         gamma="0 <= x <= 1", lam="0 <= x <= 1", window="1 <= x",
         stale="x <= 0: the newest policy goes on with what older ones began",
     )  # fmt: skip
-    tiny_preset = dict(task="addition:3", steps=40, eval_every=10)  # guesses end in the first window
+    tiny_preset = dict(task="addition:3", steps=40, eval_every=10)  # guesses end in the first window, workings in the third
     eps: float = 0.2
     """half-width of the clip interval (PPO paper)"""
     gamma: float = 1.0

@@ -39,7 +39,7 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """route, addition[:digits], countdown[:numbers], gsm8k, math, reasoning_gym:<name>, or a .jsonl file; None: the preset's"""
+    """route, titles, chain, addition[:digits], countdown[:n], gsm8k, math, reasoning_gym:<name>, a .jsonl file; None: preset"""
     reward: str | None = None
     """file.py:function of your own: (text, answer) -> score, or (answer that was read, score); a cut completion scores 0"""
     prompt_template: str | None = None
