@@ -69,6 +69,17 @@ def test_poad_from_made_up_runs(tmp_path, monkeypatch):
     assert arm["value_error"] == [5.0] * 3 and arm["length"] == 5.0  # the last five of seven
 
 
+def test_spo_over_tokens_from_made_up_runs(tmp_path, monkeypatch):
+    """Continuations count; where none are logged all that is sampled is trained on."""
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    for arm, more in (("chain", dict(sampled_tokens=30)), ("grpo", {})):
+        script, flags, _ = spo.ARMS[arm]
+        for seed in (1, 2, 3):
+            write(tmp_path, script, flags, seed, [dict(step=i, tokens=10, accuracy=i / 4) | more for i in (1, 2, 3, 4)])
+    assert spo.over_tokens(*spo.ARMS["chain"][:2], every=2) == [[(60, 0.375), (120, 0.875)]] * 3
+    assert spo.over_tokens(*spo.ARMS["grpo"][:2], every=2)[0] == [(20, 0.375), (40, 0.875)]
+
+
 def test_rank_grpo_counts_and_smooths():
     assert rank_grpo.smooth([(i, float(i == 3)) for i in range(1, 7)], 3) == [
         (1, 0), (2, pytest.approx(1 / 3)), (3, pytest.approx(1 / 3)), (4, pytest.approx(1 / 3)), (5, 0), (6, 0)

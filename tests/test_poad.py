@@ -206,11 +206,11 @@ def test_the_task_of_the_door(times):
 
 
 ROOM = """
-import beside
+import door_words
 
 class Room:
     def reset(self, seed):
-        self.n = beside.START
+        self.n = door_words.START
         return f"n {seed % 10}:"
 
     def step(self, text):
@@ -224,7 +224,7 @@ class Broken:
 
 
 def test_an_environment_of_ones_own(tmp_path):
-    (tmp_path / "beside.py").write_text("START = 1\n")
+    (tmp_path / "door_words.py").write_text("START = 1\n")
     (tmp_path / "room.py").write_text(ROOM)
     make, task = poad.environment(f"{tmp_path}/room.py:Room")
     room = make()
@@ -440,7 +440,7 @@ def test_a_run_in_two_halves_is_the_whole(tmp_path):
 
 def test_one_s_own_environment_in_a_run(policy, tmp_path):
     """A checkpoint of the tiny model in a room of one's own, whose episodes have two steps of three: no exact values."""
-    (tmp_path / "beside.py").write_text("START = 1\n")
+    (tmp_path / "door_words.py").write_text("START = 1\n")
     (tmp_path / "room.py").write_text(ROOM)
     _, task = poad.environment("door")
     folder = tiny_models.warm_start(task)
