@@ -1,0 +1,36 @@
+"""Pictures of single methods; see __main__."""
+
+from types import SimpleNamespace
+
+from common import UserError, engines, gpu, models, rewards, settings, tasks
+from runs import compare, launch
+
+
+def start(script, **flags):
+    """What a script begins with, by its own defaults -> args, tokenizer, task, policy, engine, scorer. `script`: the module."""
+    args, config = settings.resolve(script.Args(engine="hf", **flags))
+    gpu.init(args)
+    tokenizer = models.load_tokenizer(args)
+    task, policy = tasks.load(args.task, tokenizer), models.load(args, gpu.device())
+    engine = engines.make_engine(policy, tokenizer, args, models.check_context(config, task, args))
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+    return SimpleNamespace(args=args, tokenizer=tokenizer, task=task, policy=policy, engine=engine, scorer=scorer)
+
+
+def metrics(item, flags="", seeds=(1, 2, 3)):
+    """[rows of metrics.jsonl] of the runs that runs.compare has made of an item; `flags`: those in the folders' names.
+    UserError where one is missing."""
+    found = []
+    for seed in seeds:
+        path = launch.ROOT / "runs" / "compare" / "-".join([item, str(seed), *([flags] if flags else [])]) / "metrics.jsonl"
+        if not path.exists():
+            raise UserError(f"{path} is missing: the comparisons of runs/reference/README.md, Credit family, make it")
+        found.append(compare.rows_of(path))
+    return found
+
+
+def columns(runs, x, *ys):
+    """Rows of metrics of some runs -> {name: [[(x, y)] a run]} for pictures.curve; x: a metric's name, or None for the step."""
+    return {
+        y: [[(row["step"] if x is None else row[x], row[y]) for row in rows if row[y] == row[y]] for rows in runs] for y in ys
+    }
