@@ -132,7 +132,7 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # PF-PPO
-    limits = dict(gamma="0 <= x <= 1", lam="0 <= x <= 1", keep="1 <= x", power="x <= 8")
+    limits = dict(gamma="0 <= x <= 1", lam="0 <= x <= 1", keep="1 <= x", power="0 <= x <= 8")
     tiny_preset = dict(task="addition", noise="middle")
     real_preset = dict(noise="none")
     eps: float = 0.2

@@ -125,7 +125,10 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # POAD
-    limits = dict(gamma_a="0 <= x <= 1", gamma_w="0 <= x <= 1", lam="0 <= x <= 1", horizon="1 <= x", critic_width="1 <= x")
+    limits = dict(
+        gamma_a="0 <= x <= 1", gamma_w="0 <= x <= 1", lam="0 <= x <= 1", horizon="1 <= x", kl_stop="0 < x",
+        critic_width="1 <= x",
+    )  # fmt: skip
     tiny_preset = dict(
         task="door", steps=30, minibatches=4, epochs=2, eval_every=5, entropy=0.0, eps_value=0.0, value_lr=1e-3,
         critic_width=(256, 128), critic_epochs=10, critic_first=4, critic_first_epochs=40,
@@ -332,7 +335,8 @@ def assemble(rows, seen, tokenizer, engine, args, step):
 
 def measure(meter, batch, policy, door, encode, tokenizer, args):
     """Means over the steps that were made; |A| of an action's first token, which decides in the door, and of the others; and
-    how far V is, where actions begin, from the exact value of the policy, if the environment is the door."""
+    how far V is, where actions begin, from the policy's value by dynamic programming, if the environment is the door. A move
+    counts there as it is mostly written, with the line break behind it: any other ending would count as doing nothing."""
     from common import gpu
     from common.batch import collate, read
 
@@ -403,7 +407,7 @@ def environment(spec):
     from common import UserError, reason, tasks
 
     path, _, option = spec.rpartition(":") if ":" in spec else (spec, "", "1")
-    if path == "door" and option.isdecimal() and int(option):
+    if path == "door" and option in ("1", "2", "3", "4"):  # longer words would not fit into the tiny model's max_new_tokens
         make, times = lambda: Door(int(option)), int(option)
         texts = [Door(times, *state).seen() for state in Door.STATES]
     else:
@@ -411,6 +415,8 @@ def environment(spec):
             sys.path.append(str(Path(path).parent.resolve()))  # for what the file imports
             make = runpy.run_path(path)[option]
             texts = [make().reset(0)]
+            if not isinstance(texts[0], str):
+                raise TypeError("reset() must return a text")
         except (Exception, SystemExit) as error:
             raise UserError(f"--task {spec}: needs door, door:2, ..., or file.py:Class ({reason(error)})") from None
 
@@ -456,7 +462,7 @@ def train(args):
 
     def evaluate():
         engine.wake()
-        numbers = range(gpu.rank(), args.eval_prompts, gpu.world())
+        numbers = [i * args.group_size for i in range(gpu.rank(), args.eval_prompts, gpu.world())]
         rows, _ = play(make, engine, encode, tokenizer, numbers, args, -1, 0.0)
         engine.sleep()
         return dict(greedy_accuracy=gpu.total(sum(row[-2] for row in rows)) / args.eval_prompts, prompts=args.eval_prompts)

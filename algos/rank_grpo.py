@@ -255,7 +255,7 @@ def listed(task, args):
         raise UserError(f"--task {task.name}: its answers are no lists of relevant items; titles has some, or a .jsonl file")
     for e in examples:
         items = e.answer.split("\t") if isinstance(e.answer, str) else e.answer
-        e.answer = "\t".join(dict.fromkeys(item.strip() for item in items))
+        e.answer = "\t".join(dict.fromkeys(item.strip() for item in items if item.strip()))
 
     def check(text, answer):
         lines = [line.strip() for line in text.split("\n")] + [""] * args.items

@@ -135,8 +135,9 @@ class Args:
 
     # RLFR
     limits = dict(
-        group_size="2 <= x: the completions of a prompt are compared with each other", layers="x <= 1", timesteps="0 < x < 1",
-        eta="0 <= x < 1", top_k="1 <= x", ratio_cap="1 <= x", flow_width="1 <= x", demos_per_step="1 <= x",
+        group_size="2 <= x: the completions of a prompt are compared with each other", eta="0 <= x < 1",
+        layers="0 <= x <= 1", timesteps="0 < x < 1", top_k="1 <= x", ratio_cap="1 <= x", flow_width="1 <= x",
+        demos_per_step="1 <= x",
     )  # fmt: skip
     tiny_preset = dict(task="addition", steps=30, eval_every=10, flow_depth=2, flow_steps=400, demos_per_step=16, flow_lr=1e-3)
     real_preset = dict(flow_depth=4, flow_steps=1000, demos_per_step=64, flow_lr=1e-4)
@@ -205,8 +206,7 @@ class Block(torch.nn.Module):
 
 
 class Flow(torch.nn.Module):
-    """The velocity v of a hidden state of H channels, at L layers of these depths (shares of all); 0 at first. Its blocks are
-    those of diffusion transformers: y shifts, scales and gates them (adaLN-Zero)."""
+    """The velocity v of a hidden state of H channels, at L layers of these depths (shares of all); 0 at first (adaLN-Zero)."""
 
     def __init__(self, H, width, blocks, depths):
         super().__init__()
@@ -309,8 +309,10 @@ def auc(higher, lower):
 def measure(meter, batch, flow_loss, fit):
     """D and what is paid; at the first rollout the flow's error before and after its fit, and how well wrong completions are
     told from right ones by the mean of D, by that of -log p and by being short: all, and those longer than half the longest."""
-    from common import gpu
+    from common import UserError, gpu
 
+    if not max(flow_loss, *fit[-1:], -float("inf")) < float("inf"):
+        raise UserError("the flow has diverged: its error is not finite; try a smaller --flow-lr")
     deviations, paid, lengths = batch.columns["deviation"], batch.columns["flow_reward"], batch.mask.sum(1)
     meter.add(dict(deviation=deviations), batch.mask)
     meter.add(dict(flow_reward=paid.sum(1), penalised=(paid < 0).float().sum(1)), lengths > 0)
@@ -338,7 +340,8 @@ def experts(task, tokenizer, args):
     if args.expert:
         rows, _ = tables.read_rows(args.expert, tables.prompt_and_answer)
         train = [tasks.Example(i, prompt, answer, where=where) for i, (prompt, answer, where) in enumerate(rows)]
-        task = replace(task, train=train, test=[], shown=[], demonstrate=lambda rng, e, _: e.answer)
+        task = replace(task, train=train, test=[], shown=[])
+        task.demonstrate = lambda rng, e, _: e.answer if isinstance(e.answer, str) else rng.choice(e.answer)
         tasks.encode(task, tokenizer, args.prompt_template, args.system_prompt)
     if args.flow != "scratch" and not (task.train and task.demonstrate):
         raise UserError(f"task {task.name}: no correct solutions to fit the flow to; give some by --expert file.jsonl")

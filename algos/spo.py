@@ -22,7 +22,7 @@ on a step's edges over all questions.
 Family: credit
 Differs from grpo.py in: beta, unsure, cutpoints, advantages, edges, whiten, chain, tree, dealt, due, surrogate,
     token_weights, train
-Measures: tally, measure
+Measures: tally, shown, measure
 Costs: chain: mc_rollouts completions for every segment, from where it starts; tree: nothing but its own nodes, and its edges
        wait with their log-probs. A frozen reference model where beta > 0.
 Run:   python algos/spo.py                                      tiny model, CPU, about a minute
@@ -189,9 +189,9 @@ def advantages(values, starts, scores, logp, mask, args):
 
 
 def edges(parent, value, args):
-    """V of nodes [n], of their children [n, k] -> A of the edges between them [n, k]; below 1e-6 it is rounding."""
+    """V of nodes [n], of their children [n, k] -> A of the edges between them [n, k]; 0 where it is rounding."""
     gain = value - parent[:, None]
-    gain = gain.where(gain.abs() > 1e-6, 0.0)
+    gain = gain.where(gain.abs() > 1e-6 * value.abs().amax(1, keepdim=True).clamp(min=1), 0.0)
     return gain / (value.std(1, correction=0, keepdim=True) + 1e-8) if args.sibling_std else gain
 
 
@@ -219,6 +219,7 @@ def chain(engine, scorer, tokenizer, prompts, batch, args, noise):
     values[starts] = values.new_tensor([worth[state] for state in states])
     batch.columns |= dict(values=values, sampled=batch.mask.sum(1))
     batch.columns["sampled"][0] += more.trained.sum() * bool(states)
+    batch.timeouts += more.timeouts
     batch.adv = advantages(values, starts, batch.reward, batch.old_logp, batch.mask, args)
 
 
@@ -283,7 +284,9 @@ def due(queue, args):
     n = args.edges_now if args.mode == "tree" else args.group_size
 
     def some(batch, first, last):
-        return batch.pick(torch.arange(first, last).expand(len(batch.ids) // batch.group, -1))
+        part = batch.pick(torch.arange(first, last).expand(len(batch.ids) // batch.group, -1))
+        part.timeouts = batch.timeouts * (first == 0)  # said once
+        return part
 
     now = ready[0].join([some(b, 0, n) for b in ready])
     order = torch.arange(len(now.ids) // n).view(len(ready), -1).T.flatten()
@@ -318,6 +321,15 @@ def tally(batch, edge, question, mean):
     names = ("reward", "accuracy", "length", "truncated", "informative_groups")
     batch.columns |= {name: x.repeat_interleave(batch.group) for name, x in zip(names, mean.T)}
     batch.columns["sampled"] = sampled.flatten()
+    return batch
+
+
+def shown(batch):
+    """The rows that have a token: a tree's questions are padded to one number of edges, and what is left is in no groups."""
+    some = batch.mask.any(1).nonzero()[:, 0]
+    if 0 < len(some) < len(batch.ids):
+        batch = batch.take(some)
+        batch.group = 1
     return batch
 
 
@@ -419,7 +431,7 @@ def train(args):
         engine.sync()
         run.timed("update")
         batch.adv = adv  # what is logged is not whitened
-        run.log(rollout.summary(batch) | meter.result(), batch)
+        run.log(rollout.summary(batch) | meter.result(), shown(batch))
 
     run.finish()
     engine.close()

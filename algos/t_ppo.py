@@ -127,7 +127,7 @@ class Args:
     # T-PPO
     limits = dict(
         gamma="0 <= x <= 1", lam="0 <= x <= 1", window="1 <= x",
-        stale="x <= 0: the newest policy goes on with what older ones began",
+        stale="0 <= x <= 0: the newest policy goes on with what older ones began",
     )  # fmt: skip
     tiny_preset = dict(task="addition:3", steps=40, eval_every=10)  # guesses end in the first window, workings in the third
     eps: float = 0.2
@@ -141,7 +141,8 @@ class Args:
     value_lr: float | None = None
     """the critic's rate; None: ten times lr (verl: 1e-5 and 1e-6). With an optimizer of its own, L_V needs no coefficient"""
     window: int | None = None
-    """tokens that a response may grow by in a step; None: a third of max_new_tokens (the paper: 8K of 24K)"""
+    """tokens that a response may grow by in a step; None: a third of max_new_tokens (the paper: 8K of 24K). A --stop
+    string that two windows share is not seen"""
     terminal: Literal["bootstrap", "zero"] = "bootstrap"
     """what is to come where a window cuts a response: the critic's last value (the paper), or nothing"""
     policy_tokens: Literal["new", "all"] = "new"

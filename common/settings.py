@@ -141,6 +141,9 @@ def _check(args):
         words = [w for h in (hint, *get_args(hint)) if get_origin(h) is Literal for w in get_args(h)]
         if words and value not in words:
             raise UserError(f"{flag} must be one of {', '.join(map(str, words))}; it is {value!r}")
+        default = vars(type(args)).get(field)  # of a dataclass
+        if value == () and isinstance(default, tuple) and any(isinstance(x, (int, float)) for x in default):
+            raise UserError(f"{flag} needs a number at least")
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, (int, float)) or isinstance(x, bool):
                 continue

@@ -34,7 +34,7 @@ EXCEPTIONS = {
     "t_ppo": (80, 29, "responses outlive the step: a pool of slots, and two kinds of rows from the rollout to the log"),
     "poad": (199, 62, "episodes of many actions, in an environment: rollout, evaluation and critic are of another kind"),
     "rlfr": (180, 20, "a second network, with a first fit, a loss and an optimizer of its own"),
-    "spo": (145, 31, "two methods in one script, a chain and a tree, each with its own way to sample and to value"),
+    "spo": (148, 31, "two methods in one script, a chain and a tree, each with its own way to sample and to value"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),
 }
 

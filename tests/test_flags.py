@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from algos import grpo
+from algos import grpo, rlfr, spo
 from common import UserError, checkpoint, engines, gpu, models, rewards, rollout, settings, tasks
 from common.worlds import tiny as tiny_models
 from tests.batches import args, tiny
@@ -497,3 +497,11 @@ def test_what_is_typed_becomes_args(monkeypatch):
     found = settings.parse(grpo.Args, grpo.__doc__)
     given = dict(eps=0.3, steps=7, stop=("a", "b"), gradient_checkpointing=True, model="x/y", lr=1e-5)
     assert type(found) is grpo.Args and found == grpo.Args(**given)
+
+
+@pytest.mark.parametrize("script, flag", [(spo, "branches"), (rlfr, "timesteps"), (rlfr, "layers")])
+def test_a_list_of_numbers_is_not_empty(script, flag):
+    """--branches with nothing behind it. What may be empty is: no string that ends a completion, no hidden layer."""
+    with pytest.raises(UserError, match=f"--{flag} needs a number at least"):
+        settings.resolve(script.Args(**{flag: ()}))
+    settings.resolve(script.Args(stop=()))

@@ -401,7 +401,7 @@ def test_a_run(plain):
 
 FLAGS = [
     dict(gamma_a=0.5), dict(gamma_w=0.9), dict(lam=0.5), dict(std_floor=5.0), dict(entropy=0.1), dict(eps=0.01),
-    dict(eps_value=0.001), dict(value_lr=1e-5), dict(critic_width=(8,)), dict(critic_epochs=2), dict(kl_stop=0.0),
+    dict(eps_value=0.001), dict(value_lr=1e-5), dict(critic_width=(8,)), dict(critic_epochs=2), dict(kl_stop=1e-12),
     dict(critic_first=1), dict(critic_first=1, critic_first_epochs=3), dict(horizon=3),
 ]  # fmt: skip
 

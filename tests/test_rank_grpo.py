@@ -355,3 +355,9 @@ def test_a_run_on_lists_of_one_s_own(tiny, tmp_path):
     assert done.code == 0, done.err
     (row,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert row["hit_1"] == row["hit_7"] == row["accuracy"] == 0 and row["invalid"] > 0.9 and row["grad_norm"] > 0
+
+
+def test_a_blank_item_is_none():
+    """Else a rank without tokens would be a hit."""
+    task, catalog = rank_grpo.listed(tasks.Task("lists", [tasks.Example(0, "x", "oru\t\tkesta\t")], [], None), args())
+    assert catalog == {"oru", "kesta"} and task.train[0].answer == "oru\tkesta"

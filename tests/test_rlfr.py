@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ import torch
 from algos import grpo, rlfr
 from common import UserError, engines, gpu, models, rollout, tasks
 from common.batch import Meter, collate, read
-from tests.helpers import ROOT, checkpoints, lines, outcome, run, same
+from tests.helpers import ROOT, checkpoints, lines, outcome, run, same, tiny, user_error
+
+__all__ = ["tiny"]
 
 CLOSE = dict(rtol=0, atol=5e-6)
 SMALL = """--task addition --steps 2 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8
@@ -411,6 +414,9 @@ def test_solutions_of_a_file(start, tmp_path):
     task = rlfr.experts(start.task, start.tokenizer, args(expert=str(path)))
     assert [task.demonstrate(None, e, 1.0) for e in task.train] == [row["answer"] for row in rows]
     assert start.tokenizer.decode(task.train[1].ids) == "50+11="
+    path.write_text(json.dumps(rows[0] | dict(answer=["46", "the 46"])) + "\n")  # any of several
+    several = rlfr.experts(start.task, start.tokenizer, args(expert=str(path)))
+    assert {several.demonstrate(random.Random(i), several.train[0], 1.0) for i in range(9)} == {"46", "the 46"}
     flow, _ = rlfr.make_flow(start.policy, start.args)
     a, run = replace(start.args, flow_steps=1), SimpleNamespace(stop=None)
     fit = [rlfr.flow_stage(start.policy, flow, t, start.tokenizer, a, run) for t in (task, start.task)]
@@ -502,3 +508,10 @@ def test_the_flow_and_its_optimizer_survive_a_resume(tmp_path):
         assert all(torch.equal(state[k], same_states["state"][name][k]) for k in state)
         assert states["param_groups"][0]["lr"] == 1e-3
         assert state["step"] == 3  # two rollouts before the first update, one before the second: the first fit's is another's
+
+
+def test_a_flow_that_diverges_stops_the_run(tiny, tmp_path):
+    """Its D would all be nan, and nothing would be paid, in silence."""
+    small = "--prompts-per-step 4 --group-size 2 --eval-prompts 4 --steps 2 --flow-steps 8 --flow-lr 1e20".split()
+    done = run(tmp_path, "--model", tiny, "--task", "addition", *small, script=ROOT / "algos" / "rlfr.py")
+    assert "the flow has diverged" in user_error(done)

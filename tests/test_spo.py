@@ -466,3 +466,20 @@ def test_stale_runs(train, tmp_path):
     for mode in ("chain", "tree"):
         rows, _ = train(tmp_path / mode, mode=mode, stale=1, steps=2, branches=(2, 2))
         assert [r["staleness"] for r in rows] == [0, 1]
+
+
+def test_equal_children_of_large_values_have_no_advantage():
+    """Means of six equal numbers are not equal to them to the last bit."""
+    value = torch.full((1, 6), 77.7)
+    for sibling_std in (False, True):
+        assert not spo.edges(value.mean(1) - 7.6e-6, value, spo.Args(sibling_std=sibling_std)).any()
+    assert spo.edges(torch.tensor([0.5]), torch.tensor([[0.50001, 0.49999]]), spo.Args()).abs().min() > 0
+
+
+def test_killed_checks_are_said_once():
+    """Those of a tree with the first of its edges, and what is logged are rows that have a token."""
+    batch = collate([([1, 2], [3, 4]), ([1, 2], [5]), ([1, 2], []), ([1, 2], [])])
+    batch.group, batch.timeouts = 4, 3
+    now, rest = spo.due([batch], spo.Args(mode="tree", edges_now=2))
+    assert now.timeouts == 3 and [b.timeouts for b in rest] == [0] and len(rest[0].ids) == 2
+    assert len(spo.shown(batch).ids) == 2 and len(spo.shown(rest[0]).ids) == 2

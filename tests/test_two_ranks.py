@@ -13,6 +13,13 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo".split()
+MORE = dict(
+    rank_grpo=dict(task="titles"),
+    poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
+    t_ppo=dict(window=19, value_warmup=0),  # by the default one all of the first rewards are 0
+    rlfr=dict(flow_steps=5, demos_per_step=4),
+    spo=dict(mc_rollouts=3, branches=(3, 3, 3)),
+)
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
 # process with groups of its own, which is not a script's doing.
 EACH = """
@@ -26,9 +33,7 @@ for which in {names!r}:
     flags = dict(task="addition", steps=2, prompts_per_step=8, group_size=4, minibatches=2, eval_prompts=8, checkpoint_every=0,
                  micro_batch_tokens=256, dtype="float64", run_dir={folder!r} + "/" + which, max_gen_batches=0)
     flags |= dict(mode=mode, edges_now=8) if mode else dict()  # edges wait
-    flags |= dict(task="titles") if name == "rank_grpo" else dict()
-    flags |= dict(task="door", critic_first=0) if name == "poad" else dict()  # an environment; the policy moves from the start
-    flags |= dict(window=19, value_warmup=0) if name == "t_ppo" else dict()  # by the default one all of the first rewards are 0
+    flags |= {more!r}.get(name, dict())
     known = script.Args.__dataclass_fields__
     sys.argv = [name]
     script.train(script.Args(**{{k: v for k, v in flags.items() if k in known}}))
@@ -42,11 +47,11 @@ def runs(tiny, tmp_path_factory):
     found = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        (folder / "each.py").write_text(EACH.format(root=str(ROOT), names=SCRIPTS, folder=str(folder)))
+        (folder / "each.py").write_text(EACH.format(root=str(ROOT), names=SCRIPTS, more=MORE, folder=str(folder)))
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *(many if ranks > 1 else ()), str(folder / "each.py")]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         found[ranks] = {name: [json.loads(row) for row in open(folder / name / "metrics.jsonl")] for name in SCRIPTS}
     return found

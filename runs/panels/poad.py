@@ -1,5 +1,5 @@
-"""POAD: the return of an episode over environment steps, with and without a discount inside an action; and how far the critic is
-from the exact value, by the length of the actions."""
+"""POAD: the return of an episode over environment steps, with and without a discount inside an action; and how far the critic
+is from the exact value, by the length of the actions."""
 
 import itertools
 import statistics

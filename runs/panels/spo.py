@@ -1,5 +1,5 @@
-"""SPO: a prompt's tree with the values of its nodes, a chain with its segments, how far the advantages are off; and the score over
-all tokens that were sampled for it."""
+"""SPO: a prompt's tree with the values of its nodes, a chain with its segments, how far the advantages are off; and the score
+over all tokens that were sampled for it."""
 
 import dataclasses
 import statistics
@@ -57,7 +57,8 @@ def chains(s, prompts, many, intervals=(1, 2, 5)):
 
 
 def grown(s, prompts, branches):
-    """-> (all edges of the prompts' trees, a Batch whose reward is the value of an edge's end; each one's prompt; the roots' values)."""
+    """-> (all edges of the prompts' trees, a Batch whose reward is the value of an edge's end; the prompt of each; values of
+    the roots)."""
     found, dealt = [], spo.dealt
 
     def watched(edge, mean, *more):
@@ -143,7 +144,8 @@ def numbers(seed, many=MANY):
     over = {arm: over_tokens(script, flags) for arm, (script, flags, _) in ARMS.items()}
     found = dict(prompts=len(prompts), many=many, chain=chain, tree=tree_error(s, prompts, many), shown=most, row=row)
     trained = [[row["trained"] for row in rows] for rows in metrics(*ARMS["chain"][:2])]  # shares of the tokens
-    ends = {name: statistics.mean(statistics.mean(x[part]) for x in trained) for name, part in dict(first=FIRST, last=LAST).items()}
+    parts = dict(first=FIRST, last=LAST).items()
+    ends = {name: statistics.mean(statistics.mean(x[part]) for x in trained) for name, part in parts}
     return found | dict(over_tokens=over, trained=ends)
 
 

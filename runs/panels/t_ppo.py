@@ -1,5 +1,5 @@
-"""T-PPO: what a step generates, trains on and leaves waiting; how long finished responses are, whatever stands for what a window
-cuts off; and accuracy over the time that a step takes on hardware where the longest response decides."""
+"""T-PPO: what a step generates, trains on and leaves waiting; how long finished responses are, whatever stands for what a
+window cuts off; and accuracy over the time that a step takes on hardware where the longest response decides."""
 
 import itertools
 import json
