@@ -51,7 +51,7 @@ def test_t_ppo_from_made_up_runs(tmp_path, monkeypatch):
         rows[0]["length"] = None
         for flags in t_ppo.FLAGS.values():
             write(tmp_path, "t_ppo", flags, seed, rows, evals)
-        write(tmp_path, "ppo", t_ppo.TASK, seed, rows[1:] + rows[3:], evals)
+        write(tmp_path, "ppo", t_ppo.PPO, seed, rows[1:] + rows[3:], evals)
     data = t_ppo.numbers(1)
     assert data["over"]["zero"] == [[(0, 0.0), (23, 0.2), (50, 0.4)]] * 3
     assert data["over"]["ppo"] == [[(0, 0.0), (76, 0.2), (152, 0.4)]] * 3

@@ -8,7 +8,7 @@ from runs import launch, pictures
 from runs.panels import columns, metrics
 
 SIZE = (10.6, 3.4)
-TASK = "task-addition:3"
+TASK, PPO = "task-addition:3", "eval-every-10-steps-40-task-addition:3"
 ARMS = {"ppo": ("PPO", pictures.GREY), "bootstrap": ("T-PPO", "tab:blue"), "zero": ("--terminal zero", "tab:red"),
         "all": ("--policy-tokens all", "tab:green")}  # fmt: skip
 FLAGS = dict(bootstrap=TASK, zero=f"{TASK}-terminal-zero", all=f"policy-tokens-all-{TASK}")
@@ -27,8 +27,8 @@ def over_clock(script, flags, runs, longest=None):
 def numbers(seed, cap=38):
     """From the runs of the comparison. PPO's steps take as long as its cap, which a rollout of hundreds always reaches."""
     runs = {name: metrics("t_ppo", flags) for name, flags in FLAGS.items()}
-    ppo = metrics("ppo", TASK)
-    over = dict(ppo=over_clock("ppo", TASK, ppo, cap)) | {n: over_clock("t_ppo", FLAGS[n], of) for n, of in runs.items()}
+    ppo = metrics("ppo", PPO)
+    over = dict(ppo=over_clock("ppo", PPO, ppo, cap)) | {n: over_clock("t_ppo", FLAGS[n], of) for n, of in runs.items()}
     tokens = columns(runs["bootstrap"], None, "generated", "trained", "waiting_tokens")
     lengths = dict(ppo=columns(ppo, None, "length")["length"]) | {
         n: columns(of, None, "length")["length"] for n, of in runs.items()
