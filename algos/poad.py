@@ -20,7 +20,7 @@ everywhere: a floor under the standard deviation; else, once all is solved, divi
 
 Family: credit
 Differs from ppo.py in: task, reward, prompts_per_step, epochs, max_new_tokens, stop, format_reward, eval_prompts, eval_samples,
-    eval_temperature, discounts, gae, advantages, standardised, value_loss, law, Critic, fit, play, assemble, train
+    eval_temperature, discounts, gae, advantages, standardised, value_loss, logp_and_entropy, Critic, fit, play, assemble, train
 Same as grpo.py: kl_penalty
 Measures: measure
 World: Door, environment
@@ -45,7 +45,7 @@ class Args:
     model: str = "tiny"
     """tiny, an alias (qwen2.5-7b, qwen3-8b-base, llama-3.1-8b-instruct, ...), a hub id, or a local folder"""
     task: str | None = None
-    """door[:n] (its words n times over: longer actions), or file.py:Class of your own: reset(seed) -> observation, and
+    """door[:n], n to 4 (its words n times over: longer actions), or file.py:Class of your own: reset(seed) -> observation, and
     step(action) -> (observation, reward, done)"""
     prompt_template: str | None = None
     """format string with the field {prompt}, applied before the tokenizer's chat template; None: the task's"""
@@ -246,7 +246,7 @@ def explained_variance(values, returns, mask):
     return 1 - error.var(correction=0) / spread.var(correction=0).clamp(min=1e-8)
 
 
-def law(targets, logits):
+def logp_and_entropy(targets, logits):
     """targets [n], logits [n, V] -> log-probs and entropies [n], both with their gradient."""
     logp = logits.log_softmax(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), -(logp.exp() * logp).sum(1)
@@ -418,7 +418,7 @@ def environment(spec):
             if not isinstance(texts[0], str):
                 raise TypeError("reset() must return a text")
         except (Exception, SystemExit) as error:
-            raise UserError(f"--task {spec}: needs door, door:2, ..., or file.py:Class ({reason(error)})") from None
+            raise UserError(f"--task {spec}: needs door, door:2 to door:4, or file.py:Class ({reason(error)})") from None
 
     def demonstrate(rng, example, careful):
         door = Door(times, *Door.STATES[example.id])
@@ -457,8 +457,9 @@ def train(args):
     engine = engines.make_engine(policy, tokenizer, args, context)
 
     def encode(texts):
-        seen = replace(task, train=[tasks.Example(0, text, "") for text in texts], test=[])
-        return [e.ids for e in tasks.encode(seen, tokenizer, args.prompt_template, args.system_prompt).train]
+        seen = replace(task, train=[tasks.Example(0, text, "") for text in texts])
+        models.check_context(config, tasks.encode(seen, tokenizer, args.prompt_template, args.system_prompt), args)
+        return [e.ids for e in seen.train]
 
     def evaluate():
         engine.wake()
@@ -507,7 +508,7 @@ def train(args):
         for rows, weights in minibatches(batch, args, step, token_weights, **how, value_weights=batch.mask):
             batch.weights, loss, critic_loss, kl = weights, 0.0, 0.0, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
-                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature, read=law)
+                logp, entropy = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature, read=logp_and_entropy)
                 objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
                 objective = objective + args.entropy * entropy
                 micro_loss = -(objective * mb.weights)[mb.trained].sum()

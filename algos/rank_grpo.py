@@ -21,8 +21,9 @@ A line that is no item, or blank, is a rank with R = 0. The code's parser drops 
 lines are paid for their neighbours. It updates once per rollout, where w is 1; grpo.py's minibatches are kept, and w matters.
 
 Family: credit
-Differs from grpo.py in: beta, segments, rank_rewards, advantages, token_advantages, rank_sums, surrogate, token_weights, train
-World: newlines, written, relevance, ndcg, listed
+Differs from grpo.py in: beta, newlines, segments, relevance, rank_rewards, advantages, token_advantages, rank_sums, surrogate,
+    token_weights, train
+World: written, ndcg, listed
 Measures: measure
 Costs: a frozen reference model (beta > 0). A line is looked up in the task's answers, which must be lists: a .jsonl file with
        {"prompt": ..., "answer": ["item", ...]}. --reward changes only the logged accuracy; its answer: all items, between tabs.

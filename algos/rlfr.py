@@ -21,7 +21,7 @@ a completion to its tokens at random; --flow frozen stops after the first fit, -
 completions.
 
 Family: credit
-Differs from grpo.py in: model, waves, mlp, modulated, Block, Flow, draws, velocity_error, deviation, shuffled, flow_rewards,
+Differs from grpo.py in: model, sinusoidal, mlp, modulated, Block, Flow, draws, velocity_error, deviation, shuffled, flow_rewards,
     advantages, surrogate, experts, make_flow, readings, flow_stage, score, train
 Measures: auc, measure
 Costs: the flow and its optimizer (as wide as the policy; with 6 blocks at 7B half a billion weights), and fitting it once,
@@ -178,7 +178,7 @@ class Args:
 # ---------------------------------------------------------------- the objective
 
 
-def waves(number, size=256):
+def sinusoidal(number, size=256):
     """[..., 1] -> [..., size]: sinusoidal embedding, frequencies from 1 down to 1/10000."""
     angle = number * 10000.0 ** -torch.arange(0, 1, 2 / size, device=number.device)
     return torch.cat([angle.cos(), angle.sin()], -1)
@@ -221,7 +221,7 @@ class Flow(torch.nn.Module):
     def forward(self, x, t, c):
         """x, c [n, L, H], t [n or 1, L or 1, 1] -> [n, L, H]. A block's insides are made again in the backward pass."""
         depths = t.new_tensor(self.depths)[:, None]
-        x, c, t, layer = (z.to(self.out.weight.dtype) for z in (x, c, waves(t), waves(depths)))
+        x, c, t, layer = (z.to(self.out.weight.dtype) for z in (x, c, sinusoidal(t), sinusoidal(depths)))
         x, y = self.x(x), torch.nn.functional.silu(self.c(c) + self.t(t) + self.layer(layer))
         for block in self.blocks:
             x = torch.utils.checkpoint.checkpoint(block, x, y, use_reentrant=False, preserve_rng_state=False)

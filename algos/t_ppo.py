@@ -281,7 +281,6 @@ def measure(meter, batch, values, returns, args, gather):
     meter.note(waiting=wait.float().mean().item(), clock=new.max().item(), utilisation=(new.mean() / new.max()).item())
     if finished.any():
         meter.note(explained_variance=explained_variance(values, returns, finished).item())
-    meter.add(dict(adv_mean=batch.adv), batch.trained)
 
 
 def shown(batch):
@@ -384,7 +383,7 @@ def train(args):
             meter.note(value_loss=gpu.total(critic_loss), value_grad_norm=critic_norm)
         engine.sync()
         run.timed("update")
-        run.queue.append(batch)
+        run.queue.append(batch)  # the pool of the next step
         run.log(rollout.summary(batch) | meter.result(), shown(batch))
 
     run.finish()

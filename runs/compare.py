@@ -7,8 +7,9 @@ python -m runs.compare dpo@letters simpo@letters dpo@chain cdpo@chain,kappa=0 --
 python -m runs.compare --redraw --out runs/reference/x            the picture again, and the table
 
 What follows -- goes to every script. What follows @ is the --data of a script that learns from pairs, or the
---task of another, and what follows a comma a further flag of that script alone. A finished run is not made
-again, unless the code has changed since. An item is compared with the first one on the same data.
+--task of another, and what follows a comma a further flag of that script alone, in place of one for all. A
+finished run is not made again, unless the code has changed since. An item is compared with the first one on
+the same data.
 """
 
 import json

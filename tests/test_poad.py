@@ -139,7 +139,7 @@ def test_policy_loss_is_ppo_s():
 def test_the_law_and_its_gradient():
     """Entropy of (1/2, 1/4, 1/4): 1.5 ln 2. Its gradient with respect to a logit is -p (ln p + H)."""
     logits = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log().requires_grad_()
-    logp, entropy = poad.law(torch.tensor([1]), logits)
+    logp, entropy = poad.logp_and_entropy(torch.tensor([1]), logits)
     assert logp.item() == pytest.approx(-1.386294, abs=1e-6) and entropy.item() == pytest.approx(1.039721, abs=1e-6)
     (grad,) = torch.autograd.grad(entropy, logits, retain_graph=True)
     torch.testing.assert_close(grad, torch.tensor([[-0.173287, 0.086643, 0.086643]], dtype=torch.float64), **CLOSE)
@@ -232,8 +232,8 @@ def test_an_environment_of_ones_own(tmp_path):
     assert [e.prompt for e in task.train] == ["n 0:"] and task.demonstrate is None
     wrong = {"room.py:Hall": "Hall", "none.py:Room": "No such file", "room.py:Broken": "no rooms left"}
     wrong = {f"{tmp_path}/{spec}": why for spec, why in wrong.items()}
-    for spec, why in (wrong | dict.fromkeys(["door:0", "door:x", "addition"], "")).items():
-        with pytest.raises(UserError, match=f"--task {spec}: needs door, door:2, ..., or file.py:Class .*{why}"):
+    for spec, why in (wrong | dict.fromkeys(["door:0", "door:5", "door:x", "addition"], "")).items():
+        with pytest.raises(UserError, match=f"--task {spec}: needs door, door:2 to door:4, or file.py:Class .*{why}"):
             poad.environment(spec)
 
 

@@ -135,6 +135,16 @@ def test_what_only_measures_is_counted_apart():
     assert ["sapo.py: the docstring says that measure measures, but there is none"] == sync.out_of_step("sapo", gone, BASE)
 
 
+def test_a_part_that_the_docstring_forgot_is_kept_and_complained_of():
+    """What the base had and lost goes; what is the script's own is never thrown away."""
+    body = "def helper(x):\n    return x\n\n\n"
+    text = SAPO.replace("def kl_penalty", body + "def kl_penalty")
+    assert sync.merge("sapo", text, BASE, BASE) == (text, [])
+    (complaint,) = sync.out_of_step("sapo", text, BASE)
+    assert complaint.startswith("sapo.py: helper differs from grpo.py and the docstring does not say so")
+    assert sync.merge("sapo", text, BASE, BASE.replace("def kl_penalty", body + "def kl_penalty")) == (SAPO, [])
+
+
 def test_a_world_is_counted_apart():
     """No lesson either, at most 60 lines, and it must be there."""
     body = "class Door:\n" + "    x = 1\n" * 59 + "\n\n"

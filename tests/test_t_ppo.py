@@ -230,7 +230,7 @@ def test_what_is_logged_is_of_finished_responses():
     t_ppo.measure(meter, batch, values, returns, ARGS, lambda x: x)
     found = meter.result()
     expected = dict(accuracy=-1 / 3, reward=-0.9 / 3, length=11 / 3, versions=4 / 3, generated=10, trained=10, waiting_tokens=4)
-    expected |= dict(waiting=0.4, clock=3, utilisation=10 / 15, adv_mean=1)
+    expected |= dict(waiting=0.4, clock=3, utilisation=10 / 15)
     assert {k: found[k] for k in expected} == pytest.approx(expected)
     mask = batch.columns["finished"]
     assert found["explained_variance"] == pytest.approx(ppo.explained_variance(values, returns, mask).item())
@@ -311,7 +311,7 @@ def test_a_window_as_long_as_the_cap_is_ppo(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(t_ppo, "value_targets", lambda rewards, mask, args: seen["returns"].masked_fill(~mask, 0.0))
     mine = trained(t_ppo, tmp_path / "mine", window=28, value_warmup=0)
     theirs = trained(ppo, tmp_path / "theirs")
-    keys = [k for k in theirs[0] if not k.startswith("time/") and k != "adv_mean"]
+    keys = [k for k in theirs[0] if not k.startswith("time/")]
     assert [{k: row[k] for k in keys} for row in mine] == [{k: row[k] for k in keys} for row in theirs]
     assert {row["waiting"] for row in mine} == {0} and {row["versions"] for row in mine} == {1} and theirs[1]["accuracy"] > 0
     weights = [(checkpoints(tmp_path / n)[-1] / "model.safetensors").read_bytes() for n in ("mine", "theirs")]

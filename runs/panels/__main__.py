@@ -45,8 +45,10 @@ def main(o):
         if not o.redraw:
             with contextlib.redirect_stdout(sys.stderr):
                 data = dict(command=f"python -m runs.panels {name}", seed=o.seed) | panel.numbers(o.seed)
-            text = json.dumps(json.loads(json.dumps(data), parse_float=lambda x: round(float(x), 5)))
-            path.write_text(text.replace("NaN", "null") + "\n")
+            rounded = json.loads(
+                json.dumps(data), parse_float=lambda x: round(float(x), 5), parse_constant=lambda _: None
+            )  # JSON has no NaN
+            path.write_text(json.dumps(rounded) + "\n")
         if not path.exists():
             raise UserError(f"--redraw needs the numbers in {path}")
         plt = pictures.pyplot()
