@@ -21,8 +21,8 @@ a completion to its tokens at random; --flow frozen stops after the first fit, -
 completions.
 
 Family: credit
-Differs from grpo.py in: model, sinusoidal, mlp, modulated, Block, Flow, draws, velocity_error, deviation, shuffled, flow_rewards,
-    advantages, surrogate, experts, make_flow, readings, flow_stage, score, train
+Differs from grpo.py in: model, sinusoidal, mlp, Block, Flow, draws, velocity_error, deviation, shuffled,
+    flow_rewards, advantages, surrogate, experts, make_flow, readings, flow_stage, score, train
 Measures: auc, measure
 Costs: the flow and its optimizer (as wide as the policy; with 6 blocks at 7B half a billion weights), and fitting it once,
        before the first step. Three hidden states of a micro-batch's tokens come from the pass that gives old_logp, noise for
@@ -189,10 +189,6 @@ def mlp(*widths):
     return torch.nn.Sequential(torch.nn.Linear(*widths[:2]), torch.nn.SiLU(), torch.nn.Linear(*widths[1:]))
 
 
-def modulated(x, b, s):
-    return torch.nn.functional.rms_norm(x, x.shape[-1:]) * (1 + s) + b
-
-
 class Block(torch.nn.Module):
     """x + g MLP(RMSNorm(x) (1 + s) + b); b, s, g are linear in y, and 0 at first."""
 
@@ -202,7 +198,7 @@ class Block(torch.nn.Module):
 
     def forward(self, x, y):
         b, s, g = self.modulation(y).chunk(3, -1)
-        return x + g * self.mlp(modulated(x, b, s))
+        return x + g * self.mlp(torch.nn.functional.rms_norm(x, x.shape[-1:]) * (1 + s) + b)
 
 
 class Flow(torch.nn.Module):
@@ -220,12 +216,13 @@ class Flow(torch.nn.Module):
 
     def forward(self, x, t, c):
         """x, c [n, L, H], t [n or 1, L or 1, 1] -> [n, L, H]. A block's insides are made again in the backward pass."""
-        depths = t.new_tensor(self.depths)[:, None]
-        x, c, t, layer = (z.to(self.out.weight.dtype) for z in (x, c, sinusoidal(t), sinusoidal(depths)))
+        layer = sinusoidal(t.new_tensor(self.depths)[:, None])
+        x, c, t, layer = (z.to(self.out.weight.dtype) for z in (x, c, sinusoidal(t), layer))
         x, y = self.x(x), torch.nn.functional.silu(self.c(c) + self.t(t) + self.layer(layer))
         for block in self.blocks:
             x = torch.utils.checkpoint.checkpoint(block, x, y, use_reentrant=False, preserve_rng_state=False)
-        return self.out(modulated(x, *self.modulation(y).chunk(2, -1)))
+        b, s = self.modulation(y).chunk(2, -1)
+        return self.out(torch.nn.functional.rms_norm(x, x.shape[-1:]) * (1 + s) + b)
 
 
 def draws(mask, seeds, like):
@@ -354,9 +351,9 @@ def make_flow(policy, args):
 
     from common import gpu
 
-    H = policy.lm.config.hidden_size
-    flow = Flow(H, args.flow_width or H, args.flow_depth, args.layers).to(policy.lm.device, policy.lm.dtype)
-    return gpu.shard(flow), gpu.make_optimizer(flow, replace(args, lr=args.flow_lr))
+    lm, H = policy.lm, policy.lm.config.hidden_size
+    flow = gpu.shard(Flow(H, args.flow_width or H, args.flow_depth, args.layers).to(lm.device, lm.dtype))
+    return flow, gpu.make_optimizer(flow, replace(args, lr=args.flow_lr))
 
 
 def readings(policy, batch, args, *numbers):

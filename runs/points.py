@@ -15,19 +15,19 @@ import json
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 
-from algos import pppo, seed_grpo, steer
-from common import UserError, engines, gpu, models, rewards, rollout, tasks
+from algos import grpo, pppo, seed_grpo, steer
+from common import gpu, rollout
 from common.batch import read
 from common.worlds import route
-from runs import compare, launch, pictures, talk
+from runs import panels, pictures
+from runs.panels import SEEDS, rows
 
-SEEDS = (1, 2, 3)
 KINDS = {"move": "+-*", "digit": "0123456789", "=": "="}  # of characters; what is left is the end
 PLAIN, WITHOUT_FILTER = "task-route", "max-gen-batches-0-task-route"
 
@@ -38,14 +38,6 @@ class Options:
     """picture and numbers without ending"""
     seed: int = 1
     """of the probes' sampling"""
-
-
-def rows(script, flags, name, seed):
-    """A file of a run of runs.compare, by its script, flags and seed. UserError where there is none."""
-    path = launch.ROOT / "runs" / "compare" / f"{script}-{seed}-{flags}" / f"{name}.jsonl"
-    if not path.exists():
-        raise UserError(f"{path} is missing: the comparisons of runs/reference/README.md, section tokens, make it")
-    return compare.rows_of(path)
 
 
 def metric(script, key, flags=PLAIN):
@@ -108,29 +100,25 @@ def over_tokens(script):
 # ---------------------------------------------------------------- probes of the start
 
 
-def start(o, **changes):
-    """The tiny model of route -> (args, tokenizer, policy, task, engine, scorer)."""
-    args, config, tokenizer, policy = talk.open_model("tiny", task="route", engine="hf", seed=o.seed)
-    args, task = replace(args, **changes), tasks.load("route", tokenizer)
-    engine = engines.make_engine(policy, tokenizer, args, models.check_context(config, task, args))
-    return args, tokenizer, policy, task, engine, rewards.Scorer(task.check, inline=task.inline)
+def start(o):
+    """The tiny model of route, as panels.start() gives it."""
+    return panels.start(grpo, task="route", seed=o.seed)
 
 
-def sampled(parts, n):
+def sampled(s, n):
     """A rollout of n training prompts, with its log-probs, old entropies and advantages."""
-    args, tokenizer, policy, task, engine, scorer = parts
-    batch = rollout.collect(engine, scorer, tokenizer, task.train[:n], args, 0)
-    batch.old_logp, batch.columns["old_entropy"] = read(policy, batch, args)
-    adv = steer.advantages(batch.reward.view(-1, args.group_size), steer.Args())
+    batch = rollout.collect(s.engine, s.scorer, s.tokenizer, s.task.train[:n], s.args, 0)
+    batch.old_logp, batch.columns["old_entropy"] = read(s.policy, batch, s.args)
+    adv = steer.advantages(batch.reward.view(-1, s.args.group_size), steer.Args())
     batch.adv = adv.view(-1, 1).expand_as(batch.old_logp)
     return batch
 
 
 def entropy_changes(o, minibatches=48, size=32, step=0.02):
     """[(predicted, measured)] change of the mean entropy at a minibatch's own positions, by one gradient step on it alone."""
-    parts = start(o)
-    args, policy = parts[0], parts[2].requires_grad_()
-    batch, out = sampled(parts, minibatches * size // args.group_size), []
+    s = start(o)
+    policy = s.policy
+    batch, out = sampled(s, minibatches * size // s.args.group_size), []
     weights = [p.detach().clone() for p in policy.parameters()]
     for rows_ in torch.randperm(len(batch.ids), generator=torch.Generator().manual_seed(o.seed)).split(size):
         mb = batch.take(rows_)
@@ -150,16 +138,15 @@ def entropy_changes(o, minibatches=48, size=32, step=0.02):
 
 def lock_in(o, etas=(0.15, 0.25, 0.35, 0.5, 0.75), prompts=256, n=16):
     """{of right ones, of wrong ones: [(eta, how often n continuations of the first eta come out right)]}."""
-    parts = start(o)
-    args, tokenizer, _, task, engine, scorer = parts
-    batch, out = sampled(parts, prompts), {"right": [], "wrong": []}
+    s = start(o)
+    batch, out = sampled(s, prompts), {"right": [], "wrong": []}
     mixed = (batch.adv[:, 0] != 0).nonzero()[:, 0]  # right and wrong ones of the same prompts
     batch = batch.take(mixed)
-    by_id = {e.id: e for e in task.train[:prompts]}
+    by_id = {e.id: e for e in s.task.train[:prompts]}
     asked = [by_id[i] for i in batch.prompt_id.tolist()]
     for i, eta in enumerate(etas):
         given = pppo.prefixes(batch, eta)
-        more = rollout.collect(engine, scorer, tokenizer, asked, args, gpu.hash_seed(o.seed, i), given, n)
+        more = rollout.collect(s.engine, s.scorer, s.tokenizer, asked, s.args, gpu.hash_seed(o.seed, i), given, n)
         share = more.accuracy.view(-1, n).mean(1)
         for name, of in (("right", batch.accuracy > 0.5), ("wrong", batch.accuracy < 0.5)):
             out[name].append((eta, share[of].mean().item()))
@@ -168,8 +155,8 @@ def lock_in(o, etas=(0.15, 0.25, 0.35, 0.5, 0.75), prompts=256, n=16):
 
 def scales(o, prompts=512):
     """{tier: the mean scale of SEED-GRPO at alpha 1 of prompts so many moves away}."""
-    parts = start(o)
-    task, batch = parts[3], sampled(parts, prompts)
+    s = start(o)
+    task, batch = s.task, sampled(s, prompts)
     args = seed_grpo.Args(alpha=1.0, group_size=batch.group)
     factor = seed_grpo.scale(seed_grpo.semantic_entropy(batch.old_logp, batch.mask, batch.answers, args), args).tolist()
     of = [task.tier(e) for e in task.train[:prompts]]

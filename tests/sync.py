@@ -34,7 +34,7 @@ EXCEPTIONS = {
     "rank_grpo": (69, 20, "a reward for every line: a list is cut into ranks by its token ids, and each is looked up"),
     "t_ppo": (80, 29, "responses outlive the step: a pool of slots, and two kinds of rows from the rollout to the log"),
     "poad": (200, 63, "episodes of many actions, in an environment: rollout, evaluation and critic are of another kind"),
-    "rlfr": (180, 20, "a second network, with a first fit, a loss and an optimizer of its own"),
+    "rlfr": (179, 20, "a second network, with a first fit, a loss and an optimizer of its own"),
     "spo": (148, 31, "two methods in one script, a chain and a tree, each with its own way to sample and to value"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),
 }
@@ -150,8 +150,8 @@ def merge(name, text, base_text, old_base_text):
     for chunk in order:
         if chunk in kept or (chunk in allowed and chunk not in theirs):
             out.append(mine[chunk])
-        elif chunk not in allowed:
-            out.append(theirs.get(chunk, "" if chunk in old else mine.get(chunk, "")))  # what is new and unnamed is complained of
+        elif chunk not in allowed:  # what is the script's own and unnamed is kept, and complained of
+            out.append(theirs.get(chunk, "" if chunk in old else mine.get(chunk, "")))
         elif old.get(chunk) in (None, theirs[chunk]):
             out.append(mine[chunk])
         else:

@@ -130,6 +130,11 @@ def test_completions_go_on_from_the_middle(tiny):
         assert row[: begun[i]] == given[i // 3] and tokenizer.decode(row, skip_special_tokens=True) == text
     summary = rollout.summary(batch_with(batch, old_logp=logp, adv=torch.zeros_like(logp)))
     assert summary["length"] == pytest.approx(batch.mask.sum(1).double().mean().item())
+    adv = (torch.arange(new.shape[1]) + 1.0).expand(new.shape)  # its mean is of trained tokens, whatever stands elsewhere
+    mean = torch.tensor([row[some].mean() if some.any() else 0.0 for row, some in zip(adv, new)]).mean().item()
+    for outside in (0.0, 7.0):
+        summary = rollout.summary(batch_with(batch, adv=adv.where(new, torch.tensor(outside))))
+        assert summary["adv_mean"] == pytest.approx(mean)
 
 
 def batch_with(batch, **fields):

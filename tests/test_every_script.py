@@ -11,6 +11,7 @@ __all__ = ["tiny"]
 # Whose schedule is a share of the --steps that a run is begun with, which halves begin with fewer of: here without it.
 STILL = dict(
     d3s="--rows-last 0.25 --tokens-last 0.2".split(),
+    rlfr="--flow-steps 8 --demos-per-step 4".split(),
     # A window that ends some right responses and cuts others: those wait in the checkpoint, with log-probs that are needed.
     t_ppo="--task addition --window 19 --value-warmup 0 --policy-tokens all".split(),
 )

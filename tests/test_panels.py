@@ -36,6 +36,15 @@ def write(folder, script, flags, seed, rows, evals=()):
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
 
 
+def test_what_is_no_number_is_null(tmp_path, monkeypatch, capsys):
+    """As in every .json file here; a word stays a word."""
+    monkeypatch.setattr(pf_ppo, "numbers", lambda seed: dict(r2=[float("nan"), 0.1234567], word="NaN"))
+    monkeypatch.setattr(pf_ppo, "draw", lambda figure, data: None)
+    panels.main(panels.Options(scripts=("pf_ppo",), out=str(tmp_path)))
+    assert json.loads((tmp_path / "pf_ppo.json").read_text())["r2"] == [None, 0.12346]
+    assert '"word": "NaN"' in (tmp_path / "pf_ppo.json").read_text()
+
+
 def test_a_run_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     with pytest.raises(UserError, match="t_ppo-1-task-addition:3/metrics.jsonl is missing: the comparisons of"):

@@ -448,6 +448,34 @@ def test_one_s_own_environment_in_a_run(policy, tmp_path):
     assert row["accuracy"] == pytest.approx(0.5) and row["steps"] == 2 and "value_error" not in row
 
 
+def test_observations_that_a_model_cannot_read(policy, tmp_path):
+    """No text at the start, which is seen before a model is made; and one too long in the middle of an episode."""
+    (tmp_path / "rooms.py").write_text(
+        "class Pair:\n    def reset(self, seed):\n        return 'here:', {}\n\n\n"
+        "class Long:\n    def reset(self, seed):\n        return 'here:'\n\n"
+        "    def step(self, text):\n        return 'x' * 1010, 0.0, False\n"
+    )
+    with pytest.raises(UserError, match="reset\\(\\) must return a text"):
+        poad.environment(f"{tmp_path}/rooms.py:Pair")
+    folder = tiny_models.warm_start(poad.environment("door")[1])
+    with pytest.raises(UserError, match="1010 tokens.*needs 1038 positions; the model has 1024"):
+        poad.train(start(tmp_path, model=folder, task=f"{tmp_path}/rooms.py:Long"))
+
+
+def test_evaluation_has_a_start_of_its_own_for_every_episode(tmp_path, monkeypatch):
+    """Those of a group share one."""
+    asked, play = [], poad.play
+
+    def remembered(make, engine, encode, tokenizer, numbers, args, noise, temperature):
+        if not temperature:
+            asked.append([n // args.group_size for n in numbers])
+        return play(make, engine, encode, tokenizer, numbers, args, noise, temperature)
+
+    monkeypatch.setattr(poad, "play", remembered)
+    trained(tmp_path, group_size=2, prompts_per_step=4, steps=1, eval_prompts=3)
+    assert asked == [[0, 1, 2]] * 2
+
+
 def test_presets():
     tiny, _ = settings.resolve(poad.Args())
     assert (tiny.task, tiny.max_new_tokens, tiny.lr, tiny.eps_value, tiny.critic_first) == ("door", 28, 1e-4, 0.0, 4)

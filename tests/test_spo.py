@@ -339,6 +339,24 @@ def test_values_of_distinct_states():
     assert not set(again.calls[0].seeds) & set(call.seeds)  # other noise
 
 
+def test_killed_checks_of_continuations_are_said():
+    """Else they would be values of 0 without a word."""
+    batch = collate([([5], [10, END]), ([5], [END])])
+    batch.group, batch.reward, batch.old_logp = 2, torch.tensor([1.0, 0.0]), torch.full((2, 2), -0.7)
+
+    class Slow:
+        timeouts = 3
+
+        def __call__(self, texts, gold):
+            self.timeouts += 2
+            return scorer(texts, gold)
+
+    batch.timeouts = 1
+    args = spo.Args(interval=1, mc_rollouts=2, max_new_tokens=5)
+    spo.chain(Made(lambda *_: ([20, END], True)), Slow(), TOKENIZER, asked(5), batch, args, 0)
+    assert batch.timeouts == 1 + 2
+
+
 def test_a_process_without_a_choice_keeps_in_step():
     batch = collate([([5], [10, END]), ([5], [END])])
     batch.group, batch.reward, batch.old_logp = 2, torch.tensor([1.0, 0.0]), torch.full((2, 2), -0.01)
@@ -472,7 +490,7 @@ def test_equal_children_of_large_values_have_no_advantage():
     """Means of six equal numbers are not equal to them to the last bit."""
     value = torch.full((1, 6), 77.7)
     for sibling_std in (False, True):
-        assert not spo.edges(value.mean(1) - 7.6e-6, value, spo.Args(sibling_std=sibling_std)).any()
+        assert not spo.edges(value[:, 0].nextafter(torch.zeros(1)), value, spo.Args(sibling_std=sibling_std)).any()
     assert spo.edges(torch.tensor([0.5]), torch.tensor([[0.50001, 0.49999]]), spo.Args()).abs().min() > 0
 
 

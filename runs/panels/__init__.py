@@ -5,6 +5,8 @@ from types import SimpleNamespace
 from common import UserError, engines, gpu, models, rewards, settings, tasks
 from runs import compare, launch
 
+SEEDS = (1, 2, 3)
+
 
 def start(script, **flags):
     """What a script begins with, by its own defaults -> args, tokenizer, task, policy, engine, scorer. `script`: the module."""
@@ -17,16 +19,19 @@ def start(script, **flags):
     return SimpleNamespace(args=args, tokenizer=tokenizer, task=task, policy=policy, engine=engine, scorer=scorer)
 
 
-def metrics(item, flags="", seeds=(1, 2, 3)):
-    """[rows of metrics.jsonl] of the runs that runs.compare has made of an item; `flags`: those in the folders' names.
-    UserError where one is missing."""
-    found = []
-    for seed in seeds:
-        path = launch.ROOT / "runs" / "compare" / "-".join([item, str(seed), *([flags] if flags else [])]) / "metrics.jsonl"
-        if not path.exists():
-            raise UserError(f"{path} is missing: the comparisons of runs/reference/README.md, Credit family, make it")
-        found.append(compare.rows_of(path))
-    return found
+def rows(script, flags, name, seed):
+    """A file, <name>.jsonl, of a run that runs.compare has made, by its script, its flags in the folder's name and its seed.
+    UserError where there is none."""
+    folder = "-".join([script, str(seed), *([flags] if flags else [])])
+    path = launch.ROOT / "runs" / "compare" / folder / f"{name}.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is missing: the comparisons of runs/reference/README.md make it")
+    return compare.rows_of(path)
+
+
+def metrics(script, flags=""):
+    """[rows of metrics.jsonl] of every seed."""
+    return [rows(script, flags, "metrics", seed) for seed in SEEDS]
 
 
 def columns(runs, x, *ys):

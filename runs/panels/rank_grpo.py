@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from common import engines, gpu, models, tasks
 from runs import launch, pictures
-from runs.panels import columns, metrics
+from runs.panels import SEEDS, columns, metrics
 
 SIZE = (8.6, 3.4)
 LINES, WORLD = range(1, 6), "titles"
@@ -38,7 +38,7 @@ def numbers(seed):
     curves = columns(runs, None, *(f"hit_{k}" for k in LINES))
     ends = dict(start=[by_rank("tiny", seed)])
     for name in [name for name in STYLES if name != "start"]:
-        folders = [launch.ROOT / "runs" / "compare" / f"{name}-{s}-task-{WORLD}" for s in range(1, len(runs) + 1)]
+        folders = [launch.ROOT / "runs" / "compare" / f"{name}-{s}-task-{WORLD}" for s in SEEDS]
         ends[name] = [by_rank(str(folder), seed) for folder in folders]
     return dict(curves=curves, ends=ends, steps=len(runs[0]))
 

@@ -118,6 +118,7 @@ COMMON = "eval-every-10-{}minibatches-2-{}prompts-per-step-8-steps-{}-task-chain
 ARMS = {
     "grpo": ("grpo", COMMON.format("", "", 184), pictures.GREY), "chain": ("spo", COMMON.format("", "", 80), "tab:blue"),
     "chain, interval 5": ("spo", COMMON.format("interval-5-", "", 80), "tab:cyan"),
+    "chain, no mask": ("spo", COMMON.format("", "no-prob-mask-", 80), "tab:purple"),
     "tree": ("spo", COMMON.format("", "mode-tree-", 80), "tab:green"),
 }  # fmt: skip
 

@@ -2,10 +2,9 @@
 window cuts off; and accuracy over the time that a step takes on hardware where the longest response decides."""
 
 import itertools
-import json
 
-from runs import launch, pictures
-from runs.panels import columns, metrics
+from runs import pictures
+from runs.panels import SEEDS, columns, metrics, rows
 
 SIZE = (10.6, 3.4)
 TASK, PPO = "task-addition:3", "eval-every-10-steps-40-task-addition:3"
@@ -17,10 +16,9 @@ FLAGS = dict(bootstrap=TASK, zero=f"{TASK}-terminal-zero", all=f"policy-tokens-a
 def over_clock(script, flags, runs, longest=None):
     """Greedy accuracy over the simulated clock: steps take as long as the longest new part of a response in them."""
     out = []
-    for seed, rows in enumerate(runs, 1):
-        clock = [0, *itertools.accumulate(row["clock"] if longest is None else longest for row in rows)]
-        path = launch.ROOT / "runs" / "compare" / f"{script}-{seed}-{flags}" / "evals.jsonl"
-        out.append([(clock[row["step"]], row["greedy_accuracy"]) for row in map(json.loads, open(path))])
+    for seed, steps in zip(SEEDS, runs):
+        clock = [0, *itertools.accumulate(row["clock"] if longest is None else longest for row in steps)]
+        out.append([(clock[row["step"]], row["greedy_accuracy"]) for row in rows(script, flags, "evals", seed)])
     return out
 
 
