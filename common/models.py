@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
-from common import UserError, encoding, gpu, reason, tables, tasks
-from common.policy import Policy, recorded
+from common import UserError, encoding, fit, foreign, gpu, reason, tables, tasks
+from common.policy import Policy
 from common.worlds import tiny
 
 # Families and their sizes. The repository has the same name with capitals; the words math and size may also change places.
@@ -26,6 +26,7 @@ FAMILIES = {
 }
 NAMES = [f.format(size) for family, sizes in FAMILIES.items() for f in family.split() for size in sizes.split()]
 ALIASES = {name: f"{'Qwen' if name.startswith('qwen') else 'meta-llama'}/{name.title()}" for name in NAMES}
+ALIASES |= foreign.NAMES
 ALIASES |= {re.sub(r"(math)-([^-]+)", r"\2-\1", name): repository for name, repository in ALIASES.items()}
 
 
@@ -59,6 +60,16 @@ def _fetch(loader, name, **kwargs):
         raise UserError(f"model {name} could not be had from the hub ({reason(error)}); {advice}") from None
 
 
+def _described(name):
+    """A hub id or folder -> (config, what else from_pretrained has to be told)."""
+    with contextlib.suppress(Exception):  # _fetch says what is wrong
+        if not os.path.isdir(name):
+            tables.ask_hub(name)
+        if found := foreign.translate(name):
+            return found[0], dict(config=found[0], key_mapping=found[1])
+    return _fetch(AutoConfig, name), {}
+
+
 def architecture(args, warm=None):
     """-> (transformers config, number of parameters) of `args.model`. UserError where Policy does not know its architecture."""
     logging.disable_progress_bar()
@@ -67,7 +78,7 @@ def architecture(args, warm=None):
     if name in tiny.SHAPES:
         config = tiny.config(name, warm or tasks.world(tasks.source(args)))
     else:
-        config = _fetch(AutoConfig, name)
+        config, _ = _described(name)
     try:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
@@ -75,23 +86,9 @@ def architecture(args, warm=None):
         lm = None
     except Exception as error:  # a field that its code cannot do with
         raise UserError(f"model {args.model}: transformers cannot build what its config describes ({reason(error)})") from None
-    if why := _unfit(lm, config):
+    if why := fit.unfit(lm, config):
         raise UserError(f"model {args.model}: the architecture {config.model_type} {why}; Qwen, Llama and their like will do")
     return config, sum(p.numel() for p in lm.parameters())
-
-
-def _unfit(lm, config):
-    """Why Policy cannot train what a config describes, or None."""
-    layers = set(getattr(config, "layer_types", None) or ())
-    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
-        return "reads images or sound, which no script gives it"
-    if getattr(lm, "_is_stateful", False) or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
-        return "has recurrent layers, which cannot be sampled by rows that come and go"
-    if getattr(getattr(lm, "lm_head", None), "bias", None) is not None:
-        return "has a head with a bias, which Policy does not add"
-    if not all(hasattr(getattr(lm, "model", None), part) for part in ("layers", "norm")) or not hasattr(lm, "lm_head"):
-        return "is none that Policy knows"
-    return None
 
 
 def _folder(args, warm):
@@ -138,10 +135,16 @@ def end_tokens(lm, tokenizer):
     return sorted({tokenizer.eos_token_id, encoding.turn_end(tokenizer), *also} - {None})
 
 
-def load(args, device, trainable=True, warm=None):
+def load(args, device, trainable=True, warm=None, denoiser=False):
     """The Policy of `args.model`, with LoRA layers where args.lora_rank > 0; or, not trainable, a frozen copy of the start,
-    for which args needs no fields but model and dtype. `warm`: as in load_tokenizer."""
-    lm, told = _fetch(AutoModelForCausalLM, _folder(args, warm), dtype=getattr(torch, args.dtype), output_loading_info=True)
+    for which args needs no fields but model and dtype. `warm`: as in load_tokenizer. `denoiser`: whether it is to be one that
+    sees all positions."""
+    name = _folder(args, warm)
+    config, more = _described(name)
+    if denoiser != (getattr(config, "is_causal", True) is False):
+        which = ("a causal model", "one that sees all positions (is_causal=False)")
+        raise UserError(f"model {args.model} is {which[not denoiser]}; this script needs {which[denoiser]}")
+    lm, told = _fetch(AutoModelForCausalLM, name, dtype=getattr(torch, args.dtype), output_loading_info=True, **more)
     if missing := sorted(told["missing_keys"]):  # transformers would make them up
         raise UserError(f"model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
     lm.config.use_cache = True
@@ -175,66 +178,12 @@ def load(args, device, trainable=True, warm=None):
         lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     lm.train(trainable)
     policy = Policy(lm if gpu.world() > 1 else lm.to(device))  # sharding moves a layer at a time
-    packs, why = gpu.gather_objects(_probe(policy) if gpu.rank() == 0 else None)[0]
+    packs, why = gpu.gather_objects(fit.probe(policy) if gpu.rank() == 0 else None)[0]
     if why:
         raise UserError(f"model {args.model}: {why}")
     if not packs:
         policy.pad()
     return policy
-
-
-@torch.no_grad()
-def _probe(policy):
-    """-> (whether the model may be packed, why it cannot be trained or None)."""
-    try:
-        packs, why = _compared(policy)
-    except Exception as error:  # of code that nobody here has seen
-        return False, f"it cannot be run as Policy runs it ({reason(error)})"
-    return packs, f"{why}, so that Policy would train on other log-probs than its own" if why else None
-
-
-def _compared(policy):
-    """Three short rows, two of them with one prompt, by Policy and one by one by transformers -> as _probe()."""
-    training, lm = policy.lm.training, policy.lm.eval()
-    draw, parts = torch.Generator().manual_seed(0), ((5, 6), (2, 4), (5, 1))  # tokens of prompt and completion
-    size, device = lm.lm_head.weight.shape[0], lm.lm_head.weight.device
-    text = torch.randint(size, (3, 11), generator=draw)
-    text[2, :5] = text[0, :5]
-    ids, seen = torch.zeros(2, 3, 11, dtype=torch.int64)
-    for i, (p, t) in enumerate(parts):
-        ids[i, 5 - p : 5 + t], seen[i, 5 - p : 5 + t] = text[i, : p + t], 1
-    ids, seen = ids.to(device), seen.bool().to(device)
-    mask, rough = seen[:, 5:], torch.finfo(lm.lm_head.weight.dtype).bits < 32
-
-    def own(row):
-        with recorded(lm, ["normed"]) as states:
-            logits = lm(input_ids=row[None]).logits[0].float()
-        return logits, (states["normed"][0] @ lm.lm_head.weight.T).float()
-
-    logp, why = torch.zeros(mask.shape, device=device), None
-    for i, (p, t) in enumerate(parts):
-        row = text[i, : p + t].to(device)
-        logits, plain = own(row)
-        if (logits - plain).abs().max() > (0.02 if rough else 1e-4) * (1 + plain.abs().max()):
-            why = "its logits are not its head times its hidden states (a soft cap, a scale)"
-        changed, at = row.clone(), p + t - 1
-        changed[at] = (changed[at] + 1) % size
-        if (own(changed)[0][:at] - logits[:at]).abs().max() > (0.5 if rough else 1e-3):
-            why = "its attention is not causal"
-        logp[i, :t] = logits[p - 1 : -1].log_softmax(-1).gather(1, row[p:, None])[:, 0]
-
-    def off():
-        return (policy(ids, seen, mask)[0] - logp).abs()[mask].mean().item()
-
-    limit = 0.2 if rough else 1e-3
-    if policy.packs and not off() < limit:
-        policy.pad()
-    if not why and not (gap := off()) < limit:
-        why = f"its log-probs in a batch are {gap:.2g} nat off those of single rows"
-    lm.train(training)
-    if not why and training and not (gap := off()) < limit:
-        why = f"its log-probs in training are {gap:.2g} nat off"
-    return policy.packs, why
 
 
 def check_tokens(rows, config):

@@ -90,7 +90,7 @@ def recorded(lm, layers):
 
 
 class Policy(nn.Module):
-    """A causal language model that returns what is asked of its next-token distributions, not its logits.
+    """A language model that returns what is asked of its next-token distributions, not its logits.
     forward(ids [b, S], attention_mask, mask [b, T], temperature) -> logp [b, T] of the tokens that are there and entropy
     [b, T] (nats, detached), float32 (float64 for a float64 model), 0 where mask is False. The completion is the last T.
     read: read(targets [n], logits [n, V], ...) -> a tuple of [n], with the logits of this model and of each frozen one in
@@ -99,6 +99,8 @@ class Policy(nn.Module):
         predicted from, or with at=True of its own. layer: the depth that the head reads, without the final norm.
     thoughts (soft [b, T] bool, make): where soft, an embedding is fed for a token: make(embedding layer) -> [n, H], detached.
     states: nothing but the last hidden states, normed, [N, H], behind the N tokens of the mask.
+    shift: a token is predicted from so many positions before it: 1; of a model whose config says is_causal=False, which sees
+        all positions and guesses the masked ones where they stand, 0, or the logits_shift of its config.
     No padding passes through the model, and a prompt does once for all its rows (see Packing). Only masked positions go
     through the head, some at a time, recomputed in the backward pass: [b, T, V] never exists."""
 
@@ -108,6 +110,8 @@ class Policy(nn.Module):
         kinds = getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ["full_attention"])
         self.packs = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "packed")
         self.packs = self.packs and lm._supports_attention_backend  # else packing would not reach the attention
+        sees_all = getattr(config, "is_causal", True) is False  # rows with one prompt are then no longer alike in it
+        self.packs, self.shift = self.packs and not sees_all, getattr(config, "logits_shift", 0) if sees_all else 1
         self.plain = config._attn_implementation
         if self.packs:
             lm.set_attn_implementation("packed")
@@ -144,7 +148,8 @@ class Policy(nn.Module):
         with recorded(self.lm, wanted) as found:
             hidden, number = self._pass(ids, attention_mask, T, thoughts)
         found["normed"] = hidden[None]  # here the head is no module that is called
-        before, own = number[:, -T - 1 : -1][mask], number[:, -T:][mask]
+        first = number.shape[1] - T - self.shift
+        before, own = number[:, first : first + T][mask], number[:, -T:][mask]
         if layer is not None:
             hidden = found[layer].flatten(0, 1)
         hidden = nn.functional.embedding(before, hidden)  # picks rows, with a backward pass that is quick on a CPU

@@ -22,6 +22,9 @@ CALLED_BY_TORCH = ("forward", "backward")
 PURPOSE = {
     "gpu": ("init", "choose", "make_schedules", "set_rate"),
     "policy": ("Policy", "Packing", "HeadLogp"),
+    "fit": ("unfit", "probe"),
+    "foreign": ("translate",),
+    "diffusion": ("Canvas",),
     "engines": ("Decoder", "HF", "draw"),
     "vllm_engine": ("VLLM",),
     "rewards": ("Own",),
@@ -124,10 +127,10 @@ def two_users(sources):
 
 
 def line_caps(sources):
-    """The core of common/ under 2,870 lines, a file at most 260, a world (what makes a task) at most 115."""
+    """The core of common/ under 2,970 lines, a file at most 260, a world (what makes a task) at most 115."""
     lines = {p: len(t.splitlines()) for p, t in sources.items() if stem(p)}
     total = sum(lines[p] for p in core(sources))
-    complaints = [] if total < 2870 else [f"the core of common/ has {total} lines; it is to stay under 2,870"]
+    complaints = [] if total < 2970 else [f"the core of common/ has {total} lines; it is to stay under 2,970"]
     for path, n in lines.items():
         most = 115 if makes_task(path, sources[path]) else 260
         if n > most:

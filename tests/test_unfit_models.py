@@ -67,7 +67,7 @@ def test_what_is_let_in_has_its_own_log_probs(tmp_path, kind, packs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, changes, why", [
     ("gemma2", {}, "soft cap"), ("gemma3_text", dict(final_logit_softcapping=3.0), "soft cap"),
-    ("granite", dict(logits_scaling=4.0), "a scale"), ("cohere", {}, "a scale"), ("qwen2", dict(is_causal=False), "not causal"),
+    ("granite", dict(logits_scaling=4.0), "a scale"), ("cohere", {}, "a scale"),
 ])  # fmt: skip
 def test_what_would_be_wrong_in_silence_is_refused(tmp_path, kind, changes, why, dtype):
     with pytest.raises(UserError, match=why) as caught:

@@ -23,11 +23,14 @@ SHAPES = {
 RECIPE = dict(steps=600, careful_steps=420, careful=0.3, batch=64, lr=5e-3, seed=0)
 
 
-def characters(alphabet=CHARACTERS):
-    """A tokenizer of one token per character of the alphabet."""
+def characters(alphabet=CHARACTERS, mask=False):
+    """A tokenizer of one token per character of the alphabet, and one for a masked position, where there is to be one."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
-    return _tokenizer(alphabet, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse())
+    made = _tokenizer(alphabet, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse())
+    if mask:
+        made.add_special_tokens(dict(mask_token="<mask>"))
+    return made
 
 
 def words(vocabulary):
@@ -79,7 +82,8 @@ def warm_start(task, name="tiny", cache=None):
     recipe, shape = RECIPE | task.recipe, config(name, task)
     rng = random.Random(1)
     told = [task.demonstrate(rng, e, share) for e in rng.choices(examples, k=64) for share in (1.0, recipe["careful"])]
-    made_of = [recipe, shape.to_dict(), tokenizer.get_vocab(), torch.__version__, inspect.getsource(_supervise), told, prompts]
+    train = _supervise if getattr(shape, "is_causal", True) else _denoise
+    made_of = [recipe, shape.to_dict(), tokenizer.get_vocab(), torch.__version__, inspect.getsource(train), told, prompts]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:10]
     cache = Path(cache or os.environ.get("TOKENPO_CACHE") or ROOT / "runs" / "cache")
     folder = cache / f"{name}-{task.name.replace(':', '-').replace('/', '-')}-{key}"
@@ -95,7 +99,7 @@ def warm_start(task, name="tiny", cache=None):
                 if not sys.stderr.isatty():  # where there is no bar to be seen
                     what = f"making a {name} model for {task.name}: supervised training of a minute or two, once"
                     print(f"{what} (then it lies in {cache})", flush=True)
-                lm = _supervise(task, examples, tokenizer, recipe, shape)
+                lm = train(task, examples, tokenizer, recipe, shape)
                 with whole_folder(folder, "the warm-started model") as scratch:
                     gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
                     tokenizer.save_pretrained(scratch)
@@ -125,6 +129,42 @@ def _supervise(task, examples, tokenizer, recipe, shape):
             [[-100] * len(e.ids) + s[len(e.ids) :] + [-100] * (width - len(s)) for e, s in zip(rows, sequences)]
         )
         model(input_ids=ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model
+
+
+def _denoise(task, examples, tokenizer, recipe, shape):
+    """Masked diffusion of a fresh tiny model that sees all positions: of the L tokens of a completion, filled up with EOS, k
+    random ones are masked and guessed, k from 1 to L spread over the batch, weighted by L / k."""
+    from tqdm import tqdm
+    from transformers import Qwen2ForCausalLM
+
+    rng, L, batch = random.Random(recipe["seed"]), task.max_new_tokens, recipe["batch"]
+    noise = torch.Generator().manual_seed(recipe["seed"])
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe["seed"])
+        model = Qwen2ForCausalLM(shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98))
+    steps, end = recipe["steps"], tokenizer.eos_token_id
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.2)
+    for step in tqdm(range(steps), desc="warm start (once, then cached)", disable=None, leave=False):
+        rows = rng.choices(examples, k=batch)
+        careful = 1.0 if step < recipe["careful_steps"] else recipe["careful"]
+        done = tokenize([task.demonstrate(rng, e, careful) for e in rows], tokenizer, f"task {task.name}")
+        width = max(len(e.ids) for e in rows)
+        prompt = torch.tensor([[0] * (width - len(e.ids)) + e.ids for e in rows])
+        target = torch.tensor([(d + [end] * L)[:L] for d in done])
+        k = 1 + (torch.arange(batch) + torch.rand(1, generator=noise)) * L // batch
+        masked = torch.rand(batch, L, generator=noise).argsort(1).argsort(1) < k[:, None]
+        canvas = torch.cat([prompt, target.masked_fill(masked, tokenizer.mask_token_id)], 1)
+        seen = torch.cat([torch.arange(width) >= width - torch.tensor([[len(e.ids)] for e in rows]), masked | True], 1)
+        places = (seen.long().cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=canvas, attention_mask=seen, position_ids=places, use_cache=False).logits[:, -L:]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        (loss * masked / k[:, None]).sum(1).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
