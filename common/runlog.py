@@ -35,6 +35,9 @@ class Run:
         self.name, world = Path(script).stem, tasks.world(tasks.source(args))
         # What accuracy is called in words: a gold reward is a score, and one of the user's own.
         self.measure = "score" if vars(args).get("reward") else world.measure if world else "accuracy"
+        known = world and world.test and world.test[0].prompt in [e.prompt for e in world.train]
+        self.talks = getattr(config, "is_causal", True) is not False
+        self.asked = "prompts" if known else "held-out prompts"
         self.state, self.queue, self.extra, self.after = dict(step=0, cursor=0, skipped=0), [], {}, None
         self.bad_in_a_row, self.clock, self.times, self.schedules, self.tracker = 0, time.perf_counter(), {}, [], None
         self.idle = 0
@@ -159,11 +162,13 @@ class Run:
             change = f"{self._words(name)} {self.state['before'][name]:.2f} -> {after:.2f}"
             if self.state["step"] == 0:
                 change = f"evaluation only (no steps): {self._words(name)} {after:.2f}"
-            sentence = sentence or f"{change} on {self.after['prompts']} held-out prompts"
+            sentence = sentence or f"{change} on {self.after['prompts']} {self.asked}"
         if sentence:
             if self.main and self.tokenizer and self.after:
                 model = sorted((self.dir / "checkpoints").glob("step-*"))[-1]
-                print(f"curves: tensorboard --logdir {self.dir}\ntalk to it: python -m runs.talk {self.dir}", flush=True)
+                print(f"curves: tensorboard --logdir {self.dir}", flush=True)
+                if self.talks:
+                    print(f"talk to it: python -m runs.talk {self.dir}", flush=True)
                 print(f"the model, for --model or transformers' from_pretrained: {model}", flush=True)
             self._close(sentence)
             if self.main and vars(self.args).get("push_to_hub"):
@@ -237,7 +242,7 @@ class Run:
             text = ", ".join(f"{self._words(k)} {v:.3g}" for k, v in numbers.items())
             first = next(iter(numbers.values()))
             curve = "#" * round(40 * first) if self.measure == "accuracy" and 0 <= first <= 1 else ""
-            self.bar.write(f"  step {step:>4}  {text} on {values['prompts']:,} held-out prompts  {curve}")
+            self.bar.write(f"  step {step:>4}  {text} on {values['prompts']:,} {self.asked}  {curve}")
         return values
 
     def _record(self, file, numbers, **more):

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -158,6 +159,15 @@ def outcome(folder):
         metrics=metrics, evals=(folder / "evals.jsonl").read_text(), samples=(folder / "samples.jsonl").read_text(),
         last=last.name, weights=(last / "model.safetensors").read_bytes(),
     )  # fmt: skip
+
+
+def killed(folder, copy, last):
+    """A copy of a finished run as it would be if it had been killed behind step `last`, whose checkpoint it still has."""
+    shutil.copytree(folder, copy)
+    for place in checkpoints(copy):
+        if int(place.name.removeprefix("step-")) > last:
+            shutil.rmtree(place)
+    assert checkpoints(copy)[-1].name == f"step-{last:06d}"
 
 
 def same(a, b):

@@ -251,6 +251,6 @@ def test_a_run_is_on_what_is_kept(watched, tiny, tmp_path, kind):
 
 
 def test_what_waits_in_the_queue_survives(tiny, tmp_path):
-    rows = halves("pf_ppo", tmp_path, 1, "--task", "addition", "--stale", 1)
+    rows = halves("pf_ppo", tmp_path, 2, "--task", "addition", "--stale", 1)
     assert [row["staleness"] for row in rows] == [0, 1] and all(row["grad_norm"] > 0 for row in rows)
     assert (tmp_path / "parts" / "r2.json").read_bytes() == (tmp_path / "whole" / "r2.json").read_bytes()

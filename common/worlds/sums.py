@@ -26,7 +26,7 @@ def task():
     which the sum alone does not tell. The canvas has 8 places, so three of them are filler. Made for masked diffusion: the
     tiny model sees all positions, and wants larger weights at the start than usual."""
     shape = dict(is_causal=False, hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4)
-    prompts = [[Example(i, f"{i + 20}=", str(i + 20)) for i in range(80)] for _ in range(2)]
+    prompts = [[Example(first + i, f"{i + 20}=", str(i + 20)) for i in range(80)] for first in (0, 80)]
     return Task(
         "sums", *prompts, check_pair, True, demonstrate_pair, max_new_tokens=8,
         recipe=dict(steps=800, careful_steps=0, lr=3e-3), shape=shape | dict(initializer_range=0.08),
