@@ -17,7 +17,7 @@ def world(source):
     if task is None or task.demonstrate is None or task.shape.get("is_causal") is False:
         return task
     shape = task.shape | dict(is_causal=False, initializer_range=0.08)
-    return dataclasses.replace(task, shape=shape, tokenizer=task.tokenizer or partial(tiny.characters, mask=True))
+    return dataclasses.replace(task, shape=shape, tokenizer=partial(tiny.with_mask, task.tokenizer or tiny.characters))
 
 
 def mask_id(config, tokenizer, args):
@@ -28,17 +28,28 @@ def mask_id(config, tokenizer, args):
     return found
 
 
+def fill(batch, L, end):
+    """A Batch of completions of at most L tokens as canvases of L positions, filled up with the token `end`."""
+    T, more = batch.mask.shape[1], L - batch.mask.shape[1]
+    mask = torch.nn.functional.pad(batch.mask, (0, more))
+    ids = torch.nn.functional.pad(batch.ids, (0, more))
+    ids[:, -L:] = ids[:, -L:].where(mask, end)
+    everywhere = torch.ones_like(mask)
+    seen = torch.cat([batch.attention_mask[:, :-T], everywhere], 1)
+    return dataclasses.replace(batch, ids=ids, attention_mask=seen, mask=everywhere, trained=everywhere)
+
+
 def blocks(args):
     """-> (positions of a block, denoising steps in it). Raises UserError where the canvas cannot be cut so."""
-    width = args.block_length or args.max_new_tokens
-    if args.max_new_tokens % width:
-        raise UserError(f"--block-length {width} must divide the canvas of --max-new-tokens {args.max_new_tokens}")
-    steps = args.denoising_steps // (args.max_new_tokens // width)
-    if not steps:
-        raise UserError(
-            f"--denoising-steps {args.denoising_steps}: each of the {args.max_new_tokens // width} blocks needs one"
-        )
-    return width, steps
+    L, steps = args.max_new_tokens, args.denoising_steps
+    width = args.block_length or L
+    if L % width:
+        raise UserError(f"--block-length {width} must divide the canvas of --max-new-tokens {L}")
+    if steps > L:
+        raise UserError(f"--denoising-steps {steps} is more than the canvas has positions, {L}")
+    if steps < L // width:
+        raise UserError(f"--denoising-steps {steps}: each of the {L // width} blocks needs one")
+    return width, steps * width // L
 
 
 class Canvas(HF):

@@ -20,10 +20,9 @@ FAMILIES = {
     "qwen2.5-{} qwen2.5-{}-instruct": "0.5b 1.5b 3b 7b 14b 32b 72b",
     "qwen2.5-math-{} qwen2.5-math-{}-instruct": "1.5b 7b 72b",
     "qwen3-{} qwen3-{}-base": "0.6b 1.7b 4b 8b 14b 30b-a3b",
-    "qwen3-{}": "32b",
     "llama-{} llama-{}-instruct": "3.2-1b 3.2-3b 3.1-8b 3.1-70b",
-    "llama-{}-instruct": "3.3-70b",
-}
+    "qwen3-{}": "32b", "llama-{}-instruct": "3.3-70b",
+}  # fmt: skip
 NAMES = [f.format(size) for family, sizes in FAMILIES.items() for f in family.split() for size in sizes.split()]
 ALIASES = {name: f"{'Qwen' if name.startswith('qwen') else 'meta-llama'}/{name.title()}" for name in NAMES}
 ALIASES |= foreign.NAMES
@@ -76,7 +75,7 @@ def architecture(args, warm=None):
     logging.set_verbosity_error()
     name = locate(args.model)
     if name in tiny.SHAPES:
-        config = tiny.config(name, warm or tasks.world(tasks.source(args)))
+        config = tiny.config(name, tasks.warmed(warm, tasks.source(args)))
     else:
         config, _ = _described(name)
     try:
@@ -91,22 +90,22 @@ def architecture(args, warm=None):
     return config, sum(p.numel() for p in lm.parameters())
 
 
-def _folder(args, warm):
+def _folder(args, warm, fresh):
     """What from_pretrained loads for `args.model`; for a tiny model this makes the warm start, where it is not cached."""
     name = locate(args.model)
     if name not in tiny.SHAPES:
         return name
     source = tasks.source(args)
-    world = warm or tasks.world(source) or vars(args).get("task") and tasks.load(source)  # load() names an unknown one
+    world = tasks.warmed(warm, source) or vars(args).get("task") and not os.path.exists(source) and tasks.load(source)
     if not world or world.demonstrate is None:
         known = tasks.worlds_with("demonstrations")
         raise UserError(f"the tiny model is warm-started on a built-in task ({known}); for {source} give --model")
-    return tiny.warm_start(world, name)
+    return tiny.warm_start(world, name, fresh=fresh)
 
 
-def load_tokenizer(args, warm=None):
-    """The tokenizer of `args.model`. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
-    name = _folder(args, warm)
+def load_tokenizer(args, warm=None, fresh=False):
+    """The tokenizer of `args.model`. `warm`: what a tiny model is warm-started on (tasks.warmed); `fresh`: without it."""
+    name = _folder(args, warm, fresh)
     kind = None
     with contextlib.suppress(Exception):  # _fetch says what is wrong
         kind = get_tokenizer_config(name).get("tokenizer_class")
@@ -135,18 +134,21 @@ def end_tokens(lm, tokenizer):
     return sorted({tokenizer.eos_token_id, encoding.turn_end(tokenizer), *also} - {None})
 
 
-def load(args, device, trainable=True, warm=None, denoiser=False):
+def load(args, device, trainable=True, warm=None, denoiser=False, fresh=False):
     """The Policy of `args.model`, with LoRA layers where args.lora_rank > 0; or, not trainable, a frozen copy of the start,
-    for which args needs no fields but model and dtype. `warm`: as in load_tokenizer. `denoiser`: whether it is to be one that
-    sees all positions."""
-    name = _folder(args, warm)
+    for which args needs no fields but model and dtype. `warm`: as in load_tokenizer; `denoiser`: whether it is to be one that
+    sees all positions; `fresh`: random weights, by args.seed."""
+    name, dtype = _folder(args, warm, fresh), dict(dtype=getattr(torch, args.dtype))
     config, more = _described(name)
     if denoiser != (getattr(config, "is_causal", True) is False):
         which = ("a causal model", "one that sees all positions (is_causal=False)")
         raise UserError(f"model {args.model} is {which[not denoiser]}; this script needs {which[denoiser]}")
-    lm, told = _fetch(AutoModelForCausalLM, name, dtype=getattr(torch, args.dtype), output_loading_info=True, **more)
+    lm, told = _fetch(AutoModelForCausalLM, name, **dtype, output_loading_info=True, **more)
     if missing := sorted(told["missing_keys"]):  # transformers would make them up
         raise UserError(f"model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
+    if fresh:
+        torch.manual_seed(args.seed)
+        lm = AutoModelForCausalLM.from_config(lm.config, **dtype)
     lm.config.use_cache = True
     for module in lm.modules():  # no ratio would be 1 on policy
         for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or "jitter" in n or n == "p")]:

@@ -25,25 +25,27 @@ from common.worlds import tiny
 TINY = dict(task="route", steps=120, prompts_per_step=32, group_size=8, minibatches=8, lr=1e-4, max_new_tokens=28,
             eval_every=20, checkpoint_every=20, dtype="float32", optimizer="adamw", gradient_checkpointing=False,
             micro_batch_tokens=16384)  # fmt: skip
-REAL = dict(task="gsm8k", steps=200, prompts_per_step=128, group_size=8, minibatches=4, lr=1e-6, max_new_tokens=1024,
-            eval_every=20, checkpoint_every=20, dtype="bfloat16", optimizer="adamw_sr", gradient_checkpointing=True,
-            micro_batch_tokens=32768)  # fmt: skip
+REAL = TINY | dict(task="gsm8k", steps=200, prompts_per_step=128, minibatches=4, lr=1e-6, max_new_tokens=1024, dtype="bfloat16",
+                   optimizer="adamw_sr", gradient_checkpointing=True, micro_batch_tokens=32768)  # fmt: skip
 PRESETS = {
     1.0: REAL | dict(lr=2e-6, gradient_checkpointing=False, micro_batch_tokens=8192),
     4.0: REAL,
     9.0: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=16384),
     1e9: REAL | dict(optimizer="adamw_8bit", micro_batch_tokens=8192),
 }
-# On top of these, for scripts that have the field: those that learn from pairs. 5e-7: repository of arXiv 2305.18290.
+# On top of these, for scripts that have the field: those that learn from pairs, and from demonstrations. 5e-7: repository of
+# arXiv 2305.18290; 1e-5: what full fine-tuning on demonstrations commonly takes.
 KINDS = dict(pairs_per_step=(
     dict(data="letters", steps=150, pairs_per_step=48, lr=1e-4, max_new_tokens=12, checkpoint_every=50),
     dict(data="trl-lib/ultrafeedback_binarized", steps=900, pairs_per_step=64, lr=5e-7, checkpoint_every=300, eval_every=300)
+), batch_size=(
+    dict(task="addition", steps=60, batch_size=32, lr=3e-4), dict(steps=350, batch_size=64, lr=1e-5, eval_every=50)
 ))  # fmt: skip
 # A number is finite and at least 0, unless these or Args.limits say otherwise: "0 < x <= 1", a reason after a colon.
-COUNTS = """prompts_per_step pairs_per_step group_size minibatches epochs max_new_tokens micro_batch_tokens eval_prompts
-            vllm_tp""".split()
-LIMITS = dict.fromkeys(COUNTS, "1 <= x") | dict(vllm_memory="0 < x <= 1")
-LIMITS |= dict(lora_alpha="0 < x", eval_temperature="0 < x")
+COUNTS = """prompts_per_step pairs_per_step batch_size group_size minibatches epochs max_new_tokens micro_batch_tokens
+            eval_prompts vllm_tp""".split()
+LIMITS = dict.fromkeys(COUNTS, "1 <= x") | dict.fromkeys(["lora_alpha", "eval_temperature"], "0 < x")
+LIMITS |= dict(vllm_memory="0 < x <= 1", careful="0 <= x <= 1")
 LIMITS["temperature"] = "0 < x: a greedy policy has nothing to learn from"
 LAST_SHARED = "micro_batch_tokens"  # field of Args; the method's own come behind it
 MAY_CHANGE = """resume run_dir model steps eval_every eval_samples eval_temperature checkpoint_every engine vllm_memory vllm_tp
@@ -79,7 +81,7 @@ def parse(cls, doc):
 
 def prepare(script, args, warm=None):
     """-> (args with every field filled in, the model's config or None, the device). Joins the process group, prints what
-    will run. `warm`: the Task that a tiny model is warm-started on, where it is a script's own."""
+    will run. `warm`: what a tiny model is warm-started on, where that is not the task (see tasks.warmed)."""
     signal.signal(signal.SIGINT, stop_now)
     if args.resume:
         args = inherit(Path(script).stem, args)
@@ -123,7 +125,7 @@ def resolve(args, warm=None):
     own = getattr(args, "tiny_preset" if small else "real_preset", {})
     source = "task" if "task" in fields else "data"
     own = own | ({source: known} if tasks.world(known) else {})
-    world = warm or tasks.world(fields.get(source) or (preset | own).get(source)) if small else None
+    world = tasks.warmed(warm, fields.get(source) or (preset | own).get(source)) if small else None
     length = dict(max_new_tokens=world.max_new_tokens) if world and world.max_new_tokens else {}
     for field, value in (preset | length | own).items():
         if field in fields and fields[field] is None:

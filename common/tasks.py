@@ -85,6 +85,11 @@ def world(name):
     return dataclasses.replace(task, **own)
 
 
+def warmed(warm, name):
+    """What a tiny model is warm-started on: the Task `warm`, or what that, a function, makes of the name; else its world."""
+    return warm(name) if callable(warm) else warm or world(name)
+
+
 def worlds_with(what):
     """Names, with commas, of the worlds that have demonstrations, or pairs: HAS in their files."""
     return ", ".join(n for n in WORLDS if what in getattr(importlib.import_module(f"common.worlds.{n}"), "HAS", ()))
@@ -112,16 +117,16 @@ def from_rows(name, train, test, n_test=HELD_OUT, check=answers.maths, template=
     return Task(name, examples[: len(train)], examples[len(train) :], check, template=template)
 
 
-def load(name, tokenizer=None, prompt_template=None, system_prompt=None, reward=None):
+def load(name, tokenizer=None, prompt_template=None, system_prompt=None, reward=None, parse=prompt_and_answer):
     """The task called `name`: a world (addition[:digits], gsm8k, reasoning_gym:<name>, ...) or a .jsonl file, with token
-    ids where there is a tokenizer; checked by the function of a file, where `reward` is file.py:function. Raises UserError on
-    an unknown name, with the nearest."""
+    ids where there is a tokenizer; checked by the function of a file, where `reward` is file.py:function. parse(row, where) ->
+    (prompt, answer, where): what a file's rows say. Raises UserError on an unknown name, with the nearest."""
     task = world(name)
     if task is None and not name.endswith((".jsonl", ".json")) and not os.path.exists(name):
         known = [*WORLDS, "path/to/file.jsonl"]
         near = difflib.get_close_matches(name, known, 3, 0.3)
         raise UserError(f"unknown task {name!r}; nearest: {', '.join(near or known)}; known: {', '.join(known)}")
-    task = task or from_rows(name, *read_rows(name, prompt_and_answer))
+    task = task or from_rows(name, *read_rows(name, parse))
     if reward:
         task = dataclasses.replace(task, check=rewards.Own(reward), inline=False, measure="score")
     return task if tokenizer is None else encode(task, tokenizer, prompt_template, system_prompt)

@@ -52,10 +52,12 @@ def parts(item):
 
 
 def kind(item):
-    """How an item's runs are summarised: "pairs" or "online"; None: not at all."""
+    """How an item's runs are summarised: "pairs", "supervised" or "online"; None: not at all."""
     text = (launch.ROOT / "algos" / f"{parts(item)[0]}.py").read_text()
     if "\n    pairs_per_step:" in text:
         return "pairs"
+    if "\n    batch_size:" in text:
+        return "supervised"
     return "online" if "\ndef surrogate(" in text else None
 
 
@@ -169,6 +171,19 @@ def summarise_pairs(runs):
     return out | {"entropy": band([statistics.mean(r["entropy"] for r in rows[-10:]) for rows, _ in runs])}
 
 
+def summarise_supervised(runs, measure="accuracy"):
+    """As summarise(), of the first and the last evaluation and the last 10 updates. `runs`: (metrics rows, evaluation rows)
+    per seed."""
+    names = {"greedy_accuracy": f"greedy {measure}", "perplexity": "perplexity", "also_greedy_accuracy": "also greedy accuracy"}
+    out = {}
+    for key, name in names.items():
+        if all(key in evals[0] for _, evals in runs):
+            out[f"{name} before"], out[f"{name} after"] = (band([evals[i][key] for _, evals in runs]) for i in (0, -1))
+    for key, name in dict(logp="log-prob of demonstrations", entropy="entropy").items():
+        out[f"{name}, last 10 steps"] = band([statistics.mean(row[key] for row in rows[-10:]) for rows, _ in runs])
+    return out
+
+
 def summarise(runs, measure="accuracy"):
     """Mean, least and greatest over seeds of what the table shows. `runs`: what read() gives, per seed."""
     metrics = [rows for rows, _, _ in runs]
@@ -195,21 +210,23 @@ def summarise(runs, measure="accuracy"):
     return out
 
 
-def curve(folder, online):
+def curve(folder, of):
     """A run's curve: rows of metrics.jsonl with the evaluation of the same step in them, for pairs the evaluations
-    alone; what KEPT names, to five digits."""
+    alone; what KEPT names, to five digits. `of`: its kind."""
     steps = {}
-    for row in [*(rows_of(folder / "metrics.jsonl") if online else ()), *rows_of(folder / "evals.jsonl")]:
+    for row in [*(rows_of(folder / "metrics.jsonl") if of != "pairs" else ()), *rows_of(folder / "evals.jsonl")]:
         steps.setdefault(row["step"], {}).update(row)
     kept = [{k: row[k] for k in KEPT if k in row} for _, row in sorted(steps.items())]
     return [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in row.items()} for row in kept]
 
 
-def summary(folders, online):
-    """[folder, one a seed] of an item -> what the table shows of it."""
-    if not online:
-        return summarise_pairs([(rows_of(f / "metrics.jsonl"), rows_of(f / "evals.jsonl")) for f in folders])
-    return summarise([read(f) for f in folders], (folders[0] / "done").read_text().split()[1])
+def summary(folders, of):
+    """[folder, one a seed] of an item -> what the table shows of it. `of`: its kind."""
+    measure = (folders[0] / "done").read_text().split()[1]
+    if of == "online":
+        return summarise([read(f) for f in folders], measure)
+    runs = [(rows_of(f / "metrics.jsonl"), rows_of(f / "evals.jsonl")) for f in folders]
+    return summarise_pairs(runs) if of == "pairs" else summarise_supervised(runs, measure)
 
 
 def data_of(record):
@@ -222,8 +239,9 @@ def draw(record, path):
     curves, data = record["curves"], data_of(record)
     labels = {item: parts(item)[2] for item in curves}
     measure = next((key.split()[1] for s in record["summary"].values() for key in s if key.startswith("greedy ")), None)
-    if measure:
-        pictures.online(curves, labels, data, measure, path)
+    supervised = any("perplexity after" in s for s in record["summary"].values())
+    if measure or supervised:
+        pictures.online(curves, labels, data, measure, path, "update" if supervised else "rollout")
     else:
         pictures.pairs(curves, labels, data, path)
 
@@ -237,8 +255,8 @@ def checked(options):
             raise UserError(f"no script algos/{parts(item)[0]}.py; there are: {', '.join(known)}")
     if not items or min(options.seeds, options.jobs) < 1:
         raise UserError("needs a script at least, and --seeds and --jobs of at least 1")
-    if len({kind(item) for item in items}) > 1:
-        raise UserError("scripts that learn from pairs and others have no common curves: compare them apart")
+    if len(kinds := {kind(item) for item in items}) > 1:
+        raise UserError(f"scripts of kinds {' and '.join(sorted(kinds))} have no common curves: compare them apart")
     return items
 
 
@@ -263,17 +281,17 @@ def recorded(out):
 
 def made(items, options, extra):
     """Makes the runs that are missing -> the record."""
-    folders, online = each(run, items, options, extra), kind(items[0]) == "online"
+    folders, of = each(run, items, options, extra), kind(items[0])
     configs = {i: json.loads((fs[0] / "config.json").read_text()) for i, fs in folders.items()}
-    data = {i: config["args"]["task" if online else "data"] for i, config in configs.items()}
-    summaries = {i: summary(fs, online) for i, fs in folders.items()}
+    data = {i: config["args"]["data" if of == "pairs" else "task"] for i, config in configs.items()}
+    summaries = {i: summary(fs, of) for i, fs in folders.items()}
     return dict(
         command="python -m runs.compare " + " ".join(sys.argv[1:]),
         versions=configs[items[0]]["versions"],
         data=data,
         summary=summaries,
         differences=differences(summaries, data),
-        curves={i: [curve(f, online) for f in fs] for i, fs in folders.items()},
+        curves={i: [curve(f, of) for f in fs] for i, fs in folders.items()},
     )
 
 

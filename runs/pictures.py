@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 GREY, OWN, WIDE, DPI = "0.55", "tab:blue", 10.6, 110  # WIDE: inches, as wide as a page shows a picture
 
 
-# Sections of the picture of scripts that learn from rewards; sampled accuracy only where greedy has no curve.
+# Sections of the picture of scripts that learn from rewards or demonstrations, of what their curves have; sampled accuracy
+# only where greedy has no curve.
 ONLINE = dict(
     greedy_accuracy="greedy {measure} on held-out prompts",
     accuracy="sampled {measure}",
+    perplexity="perplexity of held-out demonstrations",
     entropy="entropy, nats",
     approx_kl="KL(rollout policy, policy), nats",
     length="completion length, tokens",
@@ -134,10 +136,10 @@ def over(curves):
     return f"mean over {seeds} seeds; the band spans the seeds" if seeds > 1 else "one seed"
 
 
-def online(curves, labels, data, measure, path):
-    """Of scripts that learn from rewards: greedy accuracy, a panel an item with the first on the same data behind it,
-    and below, smaller, the same of the other metrics. `curves` {item: [rows, one list a seed]}, `labels` and `data`
-    {item: word}."""
+def online(curves, labels, data, measure, path, x="rollout"):
+    """Of scripts that learn from rewards or demonstrations: greedy accuracy, a panel an item with the first on the same data
+    behind it, and below, smaller, the same of the other metrics. `curves` {item: [rows, one list a seed]}, `labels` and
+    `data` {item: word}."""
     bases = {name: next(i for i in curves if data[i] == name) for name in dict.fromkeys(data.values())}
     shown = {m: of for m in ONLINE if any(map(any, (of := points(curves, m)).values()))}
     if "greedy_accuracy" in shown:
@@ -151,7 +153,7 @@ def online(curves, labels, data, measure, path):
             panels.append(Panel(title, of[item], None if item == base else of[base]))
         columns, high = (5 if len(curves) <= 5 else 7, 1.05) if sections else (5, 1.75)
         sections.append(Section(ONLINE[metric].format(measure=measure), panels, columns, high, log=metric == "approx_kl"))
-    multiples(sections, path, "rollout", f"{over(curves)}; grey: {', '.join(dict.fromkeys(labels[b] for b in bases.values()))}")
+    multiples(sections, path, x, f"{over(curves)}; grey: {', '.join(dict.fromkeys(labels[b] for b in bases.values()))}")
 
 
 def pairs(curves, labels, data, path):

@@ -57,6 +57,7 @@ SHAPES = {
 }
 SMALL = "--steps 2 --minibatches 2 --prompts-per-step 8 --eval-prompts 8 --checkpoint-every 1"
 PAIRS = "--steps 2 --pairs-per-step 8 --eval-prompts 8 --checkpoint-every 1"
+TOLD = "--steps 2 --batch-size 8 --eval-prompts 8 --checkpoint-every 1"  # scripts that learn from demonstrations
 MAKERS = "grpo dpo cdpo did tab_po".split()  # of the warm starts: they go first, and others wait for their locks
 FEW = dict(cdpo="--ce-steps 2", did="--recovery-steps 20 --did-prompts 1", r2q="--beams 1,3 --beam-prompts 6",
            tgdpo="--guide-steps 2", rto="--dpo-steps 3 --dpo-pairs-per-step 8")  # fmt: skip
@@ -407,7 +408,8 @@ def scripts(r):
 
     def run(script):
         path, start = ROOT / "algos" / f"{script}.py", time.monotonic()
-        flags = PAIRS if re.search(r"^    pairs_per_step:", path.read_text(), re.M) else SMALL
+        has = re.search(r"^    (pairs_per_step|batch_size):", path.read_text(), re.M)
+        flags = dict(pairs_per_step=PAIRS, batch_size=TOLD).get(has and has[1], SMALL)
         flags += " " + FEW.get(script, "--task addition --group-size 4" if flags == SMALL else "") + " --steps 1" * r.dry
         command = [sys.executable, path, *flags.split(), "--device", r.device.type, "--run-dir", f"{folder}/{script}"]
         left = max(1, r.until - 5 - start)

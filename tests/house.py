@@ -3,7 +3,7 @@
 import ast
 import re
 
-FAMILY_FILES = ("pairs", "judge", "diffusion", "vision", "measures", "figures")
+FAMILY_FILES = ("pairs", "judge", "demonstrations", "diffusion", "vision", "measures", "figures")
 # Who may not import whom: each row from low to high, and what is low never reaches what is high.
 ORDER = [
     ("__init__", "gpu", "policy", "models", "batch", "vllm_engine", "engines", "rollout"),
@@ -15,6 +15,7 @@ ORDINARY = {
     "did": "the past tense of do",
     "score": "what a checker gives",
     "decode": "what a tokenizer does",
+    "mdlm": "what masked diffusion models are called",
     "rng": "a source of random numbers",
 }
 CALLED_BY_TORCH = ("forward", "backward")
@@ -24,7 +25,7 @@ PURPOSE = {
     "policy": ("Policy", "Packing", "HeadLogp"),
     "fit": ("unfit", "probe"),
     "foreign": ("translate",),
-    "diffusion": ("Canvas",),
+    "diffusion": ("Canvas", "fill", "blocks", "mask_id"),
     "engines": ("Decoder", "HF", "draw"),
     "vllm_engine": ("VLLM",),
     "rewards": ("Own",),
@@ -33,6 +34,7 @@ PURPOSE = {
     "tables": ("prompt_and_answer",),
     "samples": ("record", "contrast"),
     "pairs": ("Pair", "Data"),
+    "demonstrations": ("Said", "load", "evaluate"),
     "settings": ("resolve", "inherit"),
     "memory": ("memory_plan", "explain_plan"),
     "checkpoint": ("save", "find", "restore", "rewind", "may_push", "push"),

@@ -10,7 +10,7 @@ from tests.parts import lines_of, measures, note, world
 # Of a verdict: the first that there is.
 MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
-PRESET = dict(task="route", data="letters")  # the tiny model's, where a script has none of its own
+PRESET = dict(task="route", data="letters", demonstrations="addition")  # the tiny model's, where a script has none of its own
 HEAD = """*Written by `python -m tests.sync`, never by hand; the reading order stands in tests/pages.py.*
 
 # The scripts
@@ -96,7 +96,8 @@ def setting(command, text):
     kind = "data" if re.search(r"^    data: ", text, re.M) else "task"
     default = re.search(rf"^    {kind}: .*= \"(\w+)\"$", text, re.M)
     default = default or re.search(rf"^    tiny_preset = dict\([^)]*?\b{kind}=\"(\w+)\"", text, re.M)
-    data = " ".join(flags.pop(kind, [])) or (default[1] if default else PRESET[kind])
+    preset = PRESET["demonstrations" if re.search(r"^    batch_size: ", text, re.M) else kind]
+    data = " ".join(flags.pop(kind, [])) or (default[1] if default else preset)
     others = [f"--{name} {' '.join(values)}".strip() for name, values in flags.items() if name[:4] != "eval"]
     return data, " ".join(others)
 

@@ -20,6 +20,7 @@ def test_what_an_item_names():
     )  # fmt: skip
     assert compare.parts("did,no-projected")[3] == ["--no-projected"]
     assert compare.kind("tdpo@chain,alpha=1") == "pairs" and compare.kind("rto") == "online"
+    assert compare.kind("sft") == "supervised"
 
 
 def test_difference():
@@ -110,7 +111,7 @@ def test_two_warm_starts():
 
 
 MISTAKES = [
-    ("dpo grpo", "learn from pairs and others .*compare them apart"),
+    ("dpo grpo", "of kinds online and pairs have no common curves: compare them apart"),
     ("nothing", "no script algos/nothing.py; there are: .*, grpo, "),
     ("", "needs a script"),
 ]
@@ -238,6 +239,35 @@ def test_online(tmp_path, monkeypatch, capsys, measure):
     assert "| rto,scale=0 | 0.152" in table and "| rto,scale=0 | +0.000 | equal (one seed) |" in table
     # greedy, entropy, KL and length of every item, but no sampled accuracy
     assert titles(pictures) == [items * 4] and record["data"] == dict.fromkeys(items, "route")
+
+
+def test_supervised(tmp_path, monkeypatch, capsys):
+    """Of demonstrations: greedy accuracy, where there is one, and perplexity, before and after."""
+    pictures = drawn(monkeypatch)
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "algos" / "sft.py").write_text("class Args:\n    batch_size: int\n")
+    rows = [dict(step=s, loss=1.0, logp=-s / 10, entropy=1.0, train_perplexity=2.0) for s in range(1, 21)]
+    evals = [dict(step=s, greedy_accuracy=s / 40, perplexity=3.0 - s / 20, also_greedy_accuracy=0.5) for s in (0, 10, 20)]
+    for lr in ("1", "2"):
+        fake(tmp_path / "runs" / "compare" / f"sft-1-lr-{lr}", "greedy accuracy 0 -> 0.5", rows, evals, task="addition")
+    compare.main(compare.Options(("sft,lr=1", "sft,lr=2"), seeds=1, out=str(tmp_path / "out")), [])
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert {k: v["mean"] for k, v in record["summary"]["sft,lr=2"].items()} == {
+        "greedy accuracy before": 0, "greedy accuracy after": 0.5, "perplexity before": 3, "perplexity after": 2,
+        "also greedy accuracy before": 0.5, "also greedy accuracy after": 0.5,
+        "log-prob of demonstrations, last 10 steps": pytest.approx(-1.55), "entropy, last 10 steps": 1,
+    }  # fmt: skip
+    assert record["curves"]["sft,lr=1"][0][10] == dict(step=10, greedy_accuracy=0.25, perplexity=2.5, entropy=1.0)
+    assert record["data"] == {"sft,lr=1": "addition", "sft,lr=2": "addition"}
+    assert titles(pictures) == [["sft,lr=1", "sft,lr=2"] * 3] and "| +0.000 | equal (one seed) |" in capsys.readouterr().out
+    # where nothing can be checked the runs have perplexity alone, and nothing to be compared by
+    for lr in ("1", "2"):
+        without = [{k: v for k, v in e.items() if "greedy" not in k} for e in evals]
+        path = tmp_path / "runs" / "compare" / f"sft-1-lr-{lr}" / "evals.jsonl"
+        path.write_text("".join(json.dumps(e) + "\n" for e in without))
+    compare.main(compare.Options(("sft,lr=1", "sft,lr=2"), seeds=1, out=str(tmp_path / "out")), [])
+    assert titles(pictures)[1] == ["sft,lr=1", "sft,lr=2"] * 2 and "verdict" not in capsys.readouterr().out
 
 
 def test_an_item_s_own_flag_comes_before_that_for_all(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ SMALL = dict(
     vocab_size=80, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None, head_dim=8, is_causal=False,
 )  # fmt: skip
-TOKENIZER = tiny.characters(mask=True)
+TOKENIZER = tiny.with_mask()
 MASK = TOKENIZER.mask_token_id
 
 

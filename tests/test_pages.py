@@ -61,6 +61,7 @@ def test_data_of_a_script():
     task, data = "    task: str | None = None\n", "    data: str | None = None\n"
     assert pages.setting("", task) == ("route", "") and pages.setting("", data) == ("letters", "")
     assert pages.setting("", '    task: str = "route"\n') == ("route", "")
+    assert pages.setting("", task + "    batch_size: int\n") == ("addition", "")
     preset = '    tiny_preset = dict(\n        lr=1,\n        data="record",\n    )\n'
     assert pages.setting("", data + preset) == ("record", "")
     command = "python -m runs.compare dpo -- --data chain --lr 1e-3 --flag --eval-every=9"

@@ -2,6 +2,8 @@
 
 from common.tasks import from_hub
 
+HAS = ("solutions",)
+
 
 def task():
     """Cobbe et al., arXiv 2110.14168; the answer stands behind ####."""

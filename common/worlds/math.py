@@ -2,6 +2,8 @@
 
 from common.tasks import from_hub
 
+HAS = ("solutions",)
+
 PARTS = "algebra counting_and_probability geometry intermediate_algebra number_theory prealgebra precalculus"
 
 

@@ -1,7 +1,5 @@
 """sums: two two-digit numbers that make a sum, any that do, so that the parts of an answer have to agree with each other."""
 
-from functools import partial
-
 from common.tasks import Example, Task
 from common.worlds import tiny
 
@@ -30,5 +28,5 @@ def task():
     return Task(
         "sums", *prompts, check_pair, True, demonstrate_pair, max_new_tokens=8,
         recipe=dict(steps=800, careful_steps=0, lr=3e-3), shape=shape | dict(initializer_range=0.08),
-        tokenizer=partial(tiny.characters, mask=True),
+        tokenizer=tiny.with_mask,
     )  # fmt: skip

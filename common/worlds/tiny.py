@@ -21,15 +21,20 @@ SHAPES = {
 # First the careful way alone, until the model can do it; then a mixture with the share `careful`, so that it has the habit
 # of guessing.
 RECIPE = dict(steps=600, careful_steps=420, careful=0.3, batch=64, lr=5e-3, seed=0)
+UNTRAINED = dict(steps=1, careful_steps=1, careful=1.0, batch=1, lr=0.0)  # the weights as they were drawn
 
 
-def characters(alphabet=CHARACTERS, mask=False):
-    """A tokenizer of one token per character of the alphabet, and one for a masked position, where there is to be one."""
+def characters(alphabet=CHARACTERS):
+    """A tokenizer of one token per character of the alphabet."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
-    made = _tokenizer(alphabet, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse())
-    if mask:
-        made.add_special_tokens(dict(mask_token="<mask>"))
+    return _tokenizer(alphabet, pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse())
+
+
+def with_mask(make=characters):
+    """The tokenizer that make() gives, with a token for a masked position."""
+    made = make()
+    made.add_special_tokens(dict(mask_token="<mask>"))
     return made
 
 
@@ -66,10 +71,11 @@ def config(name="tiny", task=None):
     return Qwen2Config(**fields | (task.shape if task else {}))
 
 
-def warm_start(task, name="tiny", cache=None):
+def warm_start(task, name="tiny", cache=None, fresh=False):
     """Folder of the tiny model `name` after supervised training on the task's demonstrations, made once and cached under
     runs/cache (or $TOKENPO_CACHE) by what it is made of. Safe when two processes start at once: the first makes it, the other
-    waits. Leaves the task's examples encoded. Raises UserError where the task has no demonstrations."""
+    waits. `fresh`: without the training. Leaves the task's examples encoded. Raises UserError where the task has no
+    demonstrations."""
     from filelock import FileLock
 
     if task.demonstrate is None:
@@ -79,7 +85,7 @@ def warm_start(task, name="tiny", cache=None):
     prompts = [task.template.format(prompt=e.prompt) for e in examples]
     for e, ids in zip(examples, tokenize(prompts, tokenizer, f"task {task.name}")):
         e.ids = ids
-    recipe, shape = RECIPE | task.recipe, config(name, task)
+    recipe, shape = RECIPE | task.recipe | (UNTRAINED if fresh else {}), config(name, task)
     rng = random.Random(1)
     told = [task.demonstrate(rng, e, share) for e in rng.choices(examples, k=64) for share in (1.0, recipe["careful"])]
     train = _supervise if getattr(shape, "is_causal", True) else _denoise
@@ -96,7 +102,7 @@ def warm_start(task, name="tiny", cache=None):
             raise UserError(f"cannot write the warm-started model to {cache}: {error.strerror or error}") from None
         with lock:
             if not (folder / "model.safetensors").exists():
-                if not sys.stderr.isatty():  # where there is no bar to be seen
+                if not fresh and not sys.stderr.isatty():  # where there is no bar to be seen
                     what = f"making a {name} model for {task.name}: supervised training of a minute or two, once"
                     print(f"{what} (then it lies in {cache})", flush=True)
                 lm = train(task, examples, tokenizer, recipe, shape)
