@@ -58,7 +58,7 @@ def kind(item):
         return "pairs"
     if "\n    batch_size:" in text:
         return "supervised"
-    return "online" if "\ndef surrogate(" in text else None
+    return "online" if "\ndef surrogate(" in text or "rollout.summary(" in text else None
 
 
 def run(item, seed, extra, share):

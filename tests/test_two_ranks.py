@@ -12,7 +12,7 @@ from tests.helpers import ROOT, tiny
 __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
-SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft".split()
+SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft intro".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
