@@ -12,13 +12,14 @@ from tests.helpers import ROOT, tiny
 __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
-SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft intro".split()
+SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft intro rmt".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
     t_ppo=dict(window=19, value_warmup=0),  # by the default one all of the first rewards are 0
     rlfr=dict(flow_steps=5, demos_per_step=4),
     spo=dict(mc_rollouts=3, branches=(3, 3, 3)),
+    rmt=dict(task="digits"),
     sft=dict(batch_size=7),  # a row more on one of them
 )
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
