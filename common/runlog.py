@@ -23,9 +23,9 @@ IDLE = 5  # rollouts in a row without a group that teaches anything: time to say
 class Run:
     """One run's folder: config.json, metrics.jsonl, evals.jsonl, samples.jsonl, TensorBoard events, checkpoints/step-N/. Only
     rank 0 writes. A script without a language model leaves out config, tokenizer and context. `trained` and `frozen`: models
-    of the policy's size that the script holds, for the memory plan. `state` is what a checkpoint carries besides weights and
-    optimizer, plain numbers and dicts, equal on all ranks; `queue` holds Batches of this rank that wait, `extra` {name:
-    (module, optimizer)} what is trained besides the policy."""
+    of the policy's size that the script holds, for the memory plan; where none is trained, checkpoints hold what is. `state` is
+    what a checkpoint carries besides weights and optimizer, plain numbers and dicts, equal on all ranks; `queue` holds Batches
+    of this rank that wait, `extra` {name: (module, optimizer)} what is trained besides the policy."""
 
     def __init__(self, script, args, config=None, tokenizer=None, context=None, trained=1, frozen=0):
         from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +46,7 @@ class Run:
         self.dir = Path(args.resume or args.run_dir or ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
         if vars(args).get("push_to_hub"):
             checkpoint.may_push(args.push_to_hub)
-        self.found = checkpoint.find(self, config) if args.resume else None
+        self.found = checkpoint.find(self, config if trained else None) if args.resume else None
         start = self.found[2]["state"]["step"] if self.found else 0
         if self.main:
             self._write_config(config, start)
@@ -169,7 +169,8 @@ class Run:
                 print(f"curves: tensorboard --logdir {self.dir}", flush=True)
                 if self.talks:
                     print(f"talk to it: python -m runs.talk {self.dir}", flush=True)
-                print(f"the model, for --model or transformers' from_pretrained: {model}", flush=True)
+                if (model / "config.json").exists():
+                    print(f"the model, for --model or transformers' from_pretrained: {model}", flush=True)
             self._close(sentence)
             if self.main and vars(self.args).get("push_to_hub"):
                 checkpoint.push(self)

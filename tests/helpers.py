@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GRPO = ROOT / "algos" / "grpo.py"
@@ -155,9 +156,11 @@ def outcome(folder):
     rows = lines(folder / "metrics.jsonl")
     metrics = [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
     last = checkpoints(folder)[-1]
+    path = last / "model.safetensors"
+    weights = path.read_bytes() if path.exists() else torch.load(last / "state.pt", weights_only=False)["own"]
     return SimpleNamespace(
         metrics=metrics, evals=(folder / "evals.jsonl").read_text(), samples=(folder / "samples.jsonl").read_text(),
-        last=last.name, weights=(last / "model.safetensors").read_bytes(),
+        last=last.name, weights=weights if path.exists() else {k: v.tolist() for k, v in weights.items()},
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from common import UserError
 from runs import launch, pictures
 from runs.panels import __main__ as panels
-from runs.panels import columns, metrics, pf_ppo, poad, rank_grpo, rlfr, spo, start, t_ppo
+from runs.panels import columns, metrics, pf_ppo, poad, rank_grpo, rlfr, spo, start, t_ppo, unmasking_policy
 
 REFERENCE = launch.ROOT / "runs" / "reference" / "panels"
 
@@ -142,6 +143,19 @@ def test_rlfr_on_a_small_scale():
     scores = dict(x=torch.tensor([1.0, 2, 3, 4]))
     right = torch.tensor([True, False, True, False])
     assert rlfr.aucs(scores, right, torch.ones(4) > 0) == dict(right=2, wrong=2, auc=dict(x=0.75))
+
+
+def test_a_threshold_by_hand():
+    """What is surer than 0.4 at once, else the surest; a token says how many were there. The left block is filled first."""
+    sure = torch.tensor([[0.9, 0.2, 0.5, 0.3]])
+
+    def guess(tokens, masked, noise, temperature):
+        return (10 + (~masked).sum(1, keepdim=True)).expand_as(tokens), sure * masked
+
+    for width, tokens in ((0, [10, 13, 10, 12]), (2, [10, 11, 12, 13])):
+        args = SimpleNamespace(block_length=width, threshold=0.4)
+        start = torch.ones(1, 4, dtype=torch.bool), torch.zeros(1, 5, 4)
+        assert unmasking_policy.threshold(guess, *start, 0.0, args).tolist() == [tokens]
 
 
 def test_every_panel_has_its_parts():
