@@ -10,7 +10,7 @@ import torch
 from common import UserError
 from runs import launch, pictures
 from runs.panels import __main__ as panels
-from runs.panels import columns, metrics, pf_ppo, poad, rank_grpo, rlfr, spo, start, t_ppo, unmasking_policy
+from runs.panels import columns, gdpo, metrics, pf_ppo, poad, rank_grpo, rlfr, spo, start, t_ppo, unmasking_policy
 
 REFERENCE = launch.ROOT / "runs" / "reference" / "panels"
 
@@ -24,7 +24,7 @@ def test_a_committed_picture_is_drawn_again(name, tmp_path):
 
 
 def test_unknown_and_missing(tmp_path):
-    with pytest.raises(UserError, match="no picture of grpo; there are: pf_ppo, "):
+    with pytest.raises(UserError, match="no picture of grpo; there are: gdpo, "):
         panels.main(panels.Options(scripts=("grpo",), out=str(tmp_path)))
     with pytest.raises(UserError, match="--redraw needs the numbers in .*spo.json"):
         panels.main(panels.Options(scripts=("spo",), out=str(tmp_path), redraw=True))
@@ -164,3 +164,65 @@ def test_every_panel_has_its_parts():
         assert len(panel.SIZE) == 2 and callable(panel.numbers) and callable(panel.draw)
         assert (launch.ROOT / "algos" / f"{name}.py").exists()
     assert pictures.pyplot().get_backend().lower() == "agg"
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("sdmc, count", dict()), ("sdmc, 1/t", dict(exact_count=False)), ("double MC, count", dict(likelihood="double_mc")),
+    ("double MC, t and 1/t", dict(likelihood="double_mc", exact_count=False)),
+])  # fmt: skip
+def test_gdpo_s_estimates_are_the_script_s(kind, changes):
+    """Mean and variance by formula, and of 40,000 of the script's own masks, where sets of masks have sums of any kind. What
+    rare small t give is seen where they are drawn more often: log t uniform, and the least t apart."""
+    L, n, heavy = 4, 2, kind == "double MC, t and 1/t"
+    sums = -torch.rand(2**L, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 0.5
+    sums[0] = 0
+    size = torch.tensor([bin(i).count("1") for i in range(2**L)])
+    of = [sums[size == k] for k in range(1, L + 1)]
+    mean, var = torch.stack([x.mean() for x in of])[None], torch.stack([x.var(correction=0) for x in of])[None]
+    first, second = (x.item() for x in gdpo.estimate(kind, n, mean, var))
+
+    def drawn(noise):
+        a = gdpo.gdpo.Args(max_new_tokens=L, nodes=noise.shape[1], **changes)
+        weights = gdpo.gdpo.mask_weights(noise, a).double()
+        which = ((weights > 0) * 2 ** torch.arange(L)).sum(2)
+        return (weights.amax(2) * sums[which]).sum(1)
+
+    noise = torch.rand(40000, 1 if heavy else n, 1 + L, generator=torch.Generator().manual_seed(4))
+    if heavy:
+        noise[..., 0] = gdpo.LEAST ** noise[..., 0]
+        weight, found = -noise[:, 0, 0] * torch.tensor(gdpo.LEAST).log(), drawn(noise)
+        noise[..., 0] = 0
+        found, least = ([(x**p).double() for p in (1, 2)] for x in (found, drawn(noise)))
+        one, two = ((weight * x).mean().item() + gdpo.LEAST * y.mean().item() for x, y in zip(found, least))
+        assert one == pytest.approx(first, rel=0.03) and (two - one**2) / n == pytest.approx(second, rel=0.1)
+    else:
+        found = drawn(noise)
+        assert found.mean().item() == pytest.approx(first, abs=5 * (second / 40000) ** 0.5 + 1e-6)
+        assert found.var().item() == pytest.approx(second, rel=0.04)
+    if kind.startswith("double"):
+        assert first == pytest.approx(gdpo.exact(mean).item(), rel=2e-3)
+
+
+def test_gdpo_s_spread_counts():
+    """By one pass they are double Monte Carlo, by as many as there are positions only the sets are random; never biased."""
+    g = torch.Generator().manual_seed(0)
+    mean, var = -torch.rand(3, 8, generator=g, dtype=torch.float64), torch.rand(3, 8, generator=g, dtype=torch.float64)
+    for n in (1, 2, 4, 8):
+        first, second = gdpo.estimate("spread counts", n, mean, var)
+        torch.testing.assert_close(first, gdpo.exact(mean))
+        plain = gdpo.estimate("double MC, count", n, mean, var)[1]
+        assert torch.allclose(second, plain) if n == 1 else (second < plain).all()
+    torch.testing.assert_close(second, (var / torch.arange(1, 9) ** 2).sum(1))
+
+
+def test_gdpo_s_moments():
+    """Of a policy whose log-probs are -0.1 times the place, more where more is masked."""
+
+    def policy(ids, seen, masked, temperature, given):
+        assert torch.equal(ids[:, 1:] == 99, masked) and temperature == 1.0 and (given < 9).all()
+        return (-0.1 * torch.arange(1, 5) * masked.sum(1, keepdim=True) * masked,)
+
+    mean, var = gdpo.moments(policy, torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5).bool(), 4, 99)
+    torch.testing.assert_close(mean[1], -0.25 * torch.arange(1, 5).double() ** 2)
+    assert var[0, 0].item() == pytest.approx(0.0125) and var[0, 3] == 0
+    torch.testing.assert_close(gdpo.exact(mean), torch.full((2,), -0.25 * 10).double())
