@@ -36,8 +36,8 @@ def device():
     return torch.device(_kind or "cpu")
 
 
-def init(args):
-    """Joins torchrun's process group, if any, seeds torch, and shares the CPU's cores out among the local processes. Returns
+def init(args, small=False):
+    """Joins torchrun's process group, seeds torch, shares the CPU's cores out to processes (one for a `small` model). Gives
     the device. Raises UserError where a number called *_per_step, over all processes, cannot be shared evenly by them."""
     cuda = device().type == "cuda"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
@@ -46,7 +46,7 @@ def init(args):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
     if not cuda:  # the tiny models' matrices are too small to share out: threads would only wait
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        tiny = getattr(args, "model", "tiny").startswith("tiny")
+        tiny = small or getattr(args, "model", "tiny").startswith("tiny")
         torch.set_num_threads(1 if tiny else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     torch.manual_seed(args.seed)
     for name, value in vars(args).items():

@@ -89,7 +89,7 @@ def prepare(script, args, warm=None):
     default = {f.name: f.default for f in dataclasses.fields(args)}
     told = {"model", "task", "data", "steps", "seed"} | {k for k, v in vars(args).items() if v != default[k]}
     args, config = resolve(args, warm)
-    device = gpu.init(args)
+    device = gpu.init(args, small=bool(getattr(config, "warm_started_on", None)))  # a tiny model's checkpoint, too
     if gpu.rank() == 0:
         words = " ".join(f"{k}={v}" for k, v in vars(args).items() if k in told and v is not None)
         print(f"{Path(script).stem}: {words}; the rest is its preset's (config.json)", flush=True)

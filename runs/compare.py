@@ -7,9 +7,9 @@ python -m runs.compare dpo@letters simpo@letters dpo@chain cdpo@chain,kappa=0 --
 python -m runs.compare --redraw --out runs/reference/x            the picture again, and the table
 
 What follows -- goes to every script. What follows @ is the --data of a script that learns from pairs, or the
---task of another, and what follows a comma a further flag of that script alone, in place of one for all. A
-finished run is not made again, unless the code has changed since. An item is compared with the first one on
-the same data.
+--task of another, and what follows a comma a further flag of that script alone, in place of one for all. In
+flags {seed} is the seed: grpo,model=runs/compare/sft-{seed}. A finished run is not made again, unless the code
+has changed since. An item is compared with the first one on the same data.
 """
 
 import json
@@ -65,6 +65,7 @@ def run(item, seed, extra, share):
     """One run -> its folder."""
     script, data, _, flags = parts(item)
     extra = [*([("--data" if kind(item) == "pairs" else "--task"), data] if data else []), *extra, *flags]
+    extra = [word.replace("{seed}", str(seed)) for word in extra]
     given = [i for i, word in enumerate(extra) if word.startswith("--")]
     settings = sorted({extra[i]: extra[i:j] for i, j in zip(given, [*given[1:], None])}.values())  # its own before all's
     words = [word.lstrip("-").replace("/", "_") for setting in settings for word in setting]

@@ -221,7 +221,7 @@ def test_lora_alpha_and_targets():
 def test_a_resumed_run_keeps_its_device(monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dict(script="grpo", args=dict(device="cpu"))))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "init", lambda args: gpu.device())
+    monkeypatch.setattr(gpu, "init", lambda args, small: gpu.device())
     assert settings.prepare("grpo.py", grpo.Args(resume=str(tmp_path)))[2].type == "cpu"
     gpu.choose("auto")
 

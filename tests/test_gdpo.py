@@ -247,7 +247,7 @@ def test_presets_and_limits(tmp_path):
 def test_a_causal_model_is_refused(tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    tokenizer = worlds.characters(mask=True)
+    tokenizer = worlds.with_mask()
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

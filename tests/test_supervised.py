@@ -19,14 +19,19 @@ each = pytest.mark.parametrize("script", [importlib.import_module(f"algos.{n}") 
 
 
 def extra(script):
-    """What a token_loss asks for besides targets, logits and args: numbers of the token, by name."""
+    """What a token_loss asks for besides targets, logits and args, by name: columns of the token."""
     return list(inspect.signature(script.token_loss).parameters)[3:]
 
 
+def column(n):
+    """Numbers in [0, 1) of n tokens, as many as any script asks for."""
+    return torch.rand(n, 256, generator=torch.Generator().manual_seed(1))
+
+
 def loss(script, targets, logits, args=None, first=0):
-    """-> (loss [n], what is logged, [n] each) of tokens with these numbers."""
-    numbers = {name: torch.arange(first, first + len(targets)) for name in extra(script)}
-    return script.token_loss(targets, logits, args or script.Args(), **numbers)
+    """-> (loss [n], what is logged, [n] each) of the tokens from this number on."""
+    columns = {name: column(first + len(targets))[first:] for name in extra(script)}
+    return script.token_loss(targets, logits, args or script.Args(), **columns)
 
 
 def positions(n=7, V=11, dtype=torch.float32, seed=0):
@@ -121,7 +126,7 @@ def made(script, lengths=(9, 1, 30, 5, 0, 5, 22)):
         ids, attention, mask = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, attention, mask))
     batch = Batch(ids, attention, mask, prompt_id=torch.tensor([0, 0, 1, 1, 1, 2, 0]))
     batch.weights = script.token_weights(mask, script.Args())
-    batch.columns = {name: torch.arange(mask.numel()).view_as(mask) for name in extra(script)}
+    batch.columns = {name: column(mask.numel()).view(*mask.shape, -1) for name in extra(script)}
     return batch
 
 
@@ -129,12 +134,12 @@ def update(script, policy, batch, rows, budget):
     """As the loop: -> (loss, gradient of all weights) of these rows, cut into micro-batches."""
     args, total = script.Args(), 0.0
     policy.zero_grad()
+
+    def read(given, logits):
+        return script.token_loss(given[:, 0].long(), logits, args, *[given[:, 1:]] * len(extra(script)))
+
     for mb in batch.micro_batches(torch.tensor(rows), budget):
-        given = torch.stack([mb.ids[:, -mb.mask.shape[1] :], *mb.columns.values()], 2)
-
-        def read(given, logits):
-            return script.token_loss(given[:, 0], logits, args, *given[:, 1:].T)
-
+        given = torch.cat([mb.ids[:, -mb.mask.shape[1] :, None], *mb.columns.values()], 2)
         losses, *_ = policy(mb.ids, mb.attention_mask, mb.mask, read=read, given=given)
         micro = (losses * mb.weights)[mb.trained].sum()
         micro.backward()

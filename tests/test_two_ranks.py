@@ -12,7 +12,7 @@ from tests.helpers import ROOT, tiny
 __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
-SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft intro rmt gdpo unmasking_policy".split()
+SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -20,7 +20,7 @@ MORE = dict(
     rlfr=dict(flow_steps=5, demos_per_step=4),
     spo=dict(mc_rollouts=3, branches=(3, 3, 3)),
     rmt=dict(task="digits"),
-    sft=dict(batch_size=7),  # a row more on one of them
+    **dict.fromkeys(["sft", "otr"], dict(batch_size=7)),  # a row more on one of them
     gdpo=dict(task="sums"),
     unmasking_policy=dict(task="sums"),
 )
