@@ -20,9 +20,11 @@ import tyro
 from common import UserError
 from runs import compare, launch, pictures
 
-# Of the table, beside the greedy accuracy: {heading: (what of the summary, how its numbers are written)}.
+# Of the table, beside the greedy accuracy, what there is: {heading: (what of the summary, how its numbers are written)}.
 COLUMNS = {
     "best on the way": ("best evaluation", ".3f"),
+    "perplexity": ("perplexity after", ".3f"),
+    "log-prob of demonstrations": ("log-prob of demonstrations, last 10 steps", ".3f"),
     "sampled, last 10 steps": ("sampled {measure}, last 10 steps", ".3f"),
     "greatest KL in a step": ("greatest KL in a step", ".2g"),
     "clip fraction": ("clip fraction, mean of all steps", ".2g"),
@@ -33,7 +35,7 @@ COLUMNS = {
 @dataclass
 class Options:
     scripts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """scripts in algos/ that learn from rewards, as in runs.compare; the first is the base"""
+    """scripts in algos/ that learn from rewards, or all from demonstrations, as in runs.compare; the first is the base"""
     over: tuple[str, ...] = ()
     """the flag that is swept, without its dashes, and its values"""
     seeds: int = 3
@@ -107,8 +109,9 @@ def made(options, scripts, extra):
         raise UserError(f"at no value has a script ended well on every seed; the first failure: {first}")
     configs = {i: json.loads((fs[0] / "config.json").read_text()) for i, fs in good.items()}
     data = {i: config["args"]["task"] for i, config in configs.items()}
-    summaries = {i: compare.summary(fs, True) | further(fs) for i, fs in good.items()}
-    curves = {i: [compare.curve(f, True) for f in fs] for i, fs in good.items()}
+    kind = compare.kind(items[0])
+    summaries = {i: compare.summary(fs, kind) | further(fs) for i, fs in good.items()}
+    curves = {i: [compare.curve(f, kind) for f in fs] for i, fs in good.items()}
     return dict(
         command="python -m runs.sweep " + " ".join(sys.argv[1:]),
         versions=next(iter(configs.values()))["versions"],
@@ -126,7 +129,8 @@ def made(options, scripts, extra):
 def table(record):
     """Markdown: a line a script and value."""
     flag, summaries, found, measure = record["flag"], record["summary"], record["differences"], measure_of(record)
-    columns = {f"greedy {measure}": (f"greedy {measure} after", ".3f")} | COLUMNS
+    columns = {f"greedy {measure}": (f"greedy {measure} after", ".3f")}
+    columns |= {head: c for head, c in COLUMNS.items() if any(c[0].format(measure=measure) in s for s in summaries.values())}
     base, rows = bases(record["data"], record["scripts"], flag, record["values"]), []
 
     def cell(band, form):
@@ -206,8 +210,8 @@ def checked(options, extra):
         raise UserError("--over needs a flag and its values: --over lr 1e-4 3e-4")
     flag = options.over[0]
     for script in scripts:
-        if compare.kind(script) != "online":
-            raise UserError(f"{script} learns from pairs: a sweep is of scripts that learn from rewards")
+        if compare.kind(script) == "pairs":
+            raise UserError(f"{script} learns from pairs: a sweep is of scripts that learn from rewards or demonstrations")
         text = (launch.ROOT / "algos" / f"{compare.parts(script)[0]}.py").read_text()
         if f"\n    {flag.replace('-', '_')}: " not in text:
             raise UserError(f"{compare.parts(script)[0]}.py has no flag --{flag}")

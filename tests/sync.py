@@ -38,6 +38,7 @@ EXCEPTIONS = {
     "spo": (148, 31, "two methods in one script, a chain and a tree, each with its own way to sample and to value"),
     "intro": (73, 22, "a second reading behind prompts that tell the answer, and draws by numbers of their own"),
     "rmt": (130, 30, "prompts are places of a text: read once for their entropy, drawn, asked for by budget, and read as text"),
+    "training_free_grpo": (396, 84, "no gradient: a third of it is what is gone; texts are learnt, by two ways to ask a model"),
     "gdpo": (104, 28, "a model of another kind: masks and likelihoods of whole canvases, and without the flags of an engine"),
     "unmasking_policy": (165, 40, "the language model is the environment: a network of its own, a sampler, and 14 flags less"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),

@@ -18,6 +18,15 @@ SCRIPTS = [n for n in sync.scripts() if "def token_loss(" in (sync.ALGOS / f"{n}
 each = pytest.mark.parametrize("script", [importlib.import_module(f"algos.{n}") for n in SCRIPTS], ids=SCRIPTS)
 
 
+def flags(script):
+    """Its Args, with the tiny model's preset where a flag is open."""
+    args = script.Args()
+    for name, value in getattr(script.Args, "tiny_preset", {}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
 def extra(script):
     """What a token_loss asks for besides targets, logits and args, by name: columns of the token."""
     return list(inspect.signature(script.token_loss).parameters)[3:]
@@ -31,7 +40,7 @@ def column(n):
 def loss(script, targets, logits, args=None, first=0):
     """-> (loss [n], what is logged, [n] each) of the tokens from this number on."""
     columns = {name: column(first + len(targets))[first:] for name in extra(script)}
-    return script.token_loss(targets, logits, args or script.Args(), **columns)
+    return script.token_loss(targets, logits, args or flags(script), **columns)
 
 
 def positions(n=7, V=11, dtype=torch.float32, seed=0):
@@ -98,13 +107,13 @@ def test_no_position_at_all(script):
 @each
 def test_token_weights(script):
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]).bool()
-    weights = script.token_weights(mask, script.Args())
+    weights = script.token_weights(mask, flags(script))
     assert weights.sum().item() == pytest.approx(1) and not weights[~mask].any() and (weights[mask] > 0).all()
-    wide = script.token_weights(torch.nn.functional.pad(mask, (0, 3)), script.Args())
+    wide = script.token_weights(torch.nn.functional.pad(mask, (0, 3)), flags(script))
     torch.testing.assert_close(wide, torch.nn.functional.pad(weights, (0, 3)))
     order = torch.tensor([2, 0, 3, 1])
-    torch.testing.assert_close(script.token_weights(mask[order], script.Args()), weights[order])
-    assert not script.token_weights(torch.zeros(2, 3).bool(), script.Args()).any()  # and no NaN
+    torch.testing.assert_close(script.token_weights(mask[order], flags(script)), weights[order])
+    assert not script.token_weights(torch.zeros(2, 3).bool(), flags(script)).any()  # and no NaN
 
 
 # ---------------------------------------------------------------- through a policy
@@ -125,14 +134,14 @@ def made(script, lengths=(9, 1, 30, 5, 0, 5, 22)):
     if not mask.shape[1]:
         ids, attention, mask = (torch.nn.functional.pad(x, (0, 1)) for x in (ids, attention, mask))
     batch = Batch(ids, attention, mask, prompt_id=torch.tensor([0, 0, 1, 1, 1, 2, 0]))
-    batch.weights = script.token_weights(mask, script.Args())
+    batch.weights = script.token_weights(mask, flags(script))
     batch.columns = {name: column(mask.numel()).view(*mask.shape, -1) for name in extra(script)}
     return batch
 
 
 def update(script, policy, batch, rows, budget):
     """As the loop: -> (loss, gradient of all weights) of these rows, cut into micro-batches."""
-    args, total = script.Args(), 0.0
+    args, total = flags(script), 0.0
     policy.zero_grad()
 
     def read(given, logits):
