@@ -68,7 +68,7 @@ def run(item, seed, extra, share):
     extra = [word.replace("{seed}", str(seed)) for word in extra]
     given = [i for i, word in enumerate(extra) if word.startswith("--")]
     settings = sorted({extra[i]: extra[i:j] for i, j in zip(given, [*given[1:], None])}.values())  # its own before all's
-    words = [word.lstrip("-").replace("/", "_") for setting in settings for word in setting]
+    words = [word.removeprefix("--").replace("/", "_") for setting in settings for word in setting]
     name = "-".join([script, str(seed), *words])
     folder = launch.ROOT / "runs" / "compare" / name
     mark, now = folder / "done", launch.code(script)

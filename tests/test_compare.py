@@ -286,3 +286,5 @@ def test_an_item_s_own_flag_comes_before_that_for_all(tmp_path, monkeypatch):
     folder = compare.run("toy@route,steps=9,plain", 2, ["--steps", "5", "--lr", "1e-3"], None)
     assert calls == [["--seed", "2", "--lr", "1e-3", "--plain", "--steps", "9", "--task", "route"]]
     assert folder.name == "toy-2-lr-1e-3-plain-steps-9-task-route"
+    signs = [compare.run(f"toy,beta={x}", 1, [], None).name for x in ("0.5", "-0.5")]
+    assert signs == ["toy-1-beta-0.5", "toy-1-beta--0.5"]  # two runs

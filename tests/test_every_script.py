@@ -10,6 +10,7 @@ from tests.test_objectives import SCRIPTS
 __all__ = ["tiny"]
 # What makes a script's own part small, or lets it come up at all.
 OWN = dict(
+    rto="--dpo-steps 3 --dpo-pairs-per-step 8".split(),
     rlfr="--flow-steps 8 --demos-per-step 4".split(),
     # A window that ends some right responses and cuts others: those wait in the checkpoint, with log-probs that are needed.
     t_ppo="--task addition --window 19 --value-warmup 0 --policy-tokens all".split(),

@@ -476,7 +476,7 @@ def test_five_in_a_row_stop_the_run(tiny, tmp_path):
 
 def test_metrics_are_json_even_where_numbers_are_not(tiny, tmp_path):
     """NaN is no JSON: other readers than Python's refuse the whole file."""
-    argv = "--steps 1 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8 --run-dir".split()
+    argv = "--steps 1 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8 --task addition --run-dir".split()
     run(tmp_path, *argv, tmp_path / "run", before=functools.partial(poison, 1))
 
     def refuse(name):
