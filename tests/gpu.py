@@ -60,7 +60,8 @@ PAIRS = "--steps 2 --pairs-per-step 8 --eval-prompts 8 --checkpoint-every 1"
 TOLD = "--steps 2 --batch-size 8 --eval-prompts 8 --checkpoint-every 1"  # scripts that learn from demonstrations
 MAKERS = "grpo dpo cdpo did tab_po".split()  # of the warm starts: they go first, and others wait for their locks
 FEW = dict(cdpo="--ce-steps 2", did="--recovery-steps 20 --did-prompts 1", r2q="--beams 1,3 --beam-prompts 6",
-           tgdpo="--guide-steps 2", rto="--dpo-steps 3 --dpo-pairs-per-step 8")  # fmt: skip
+           tgdpo="--guide-steps 2", rto="--dpo-steps 3 --dpo-pairs-per-step 8", poad="--task door", rmt="--task digits",
+           gdpo="--task sums", unmasking_policy="--task sums", training_free_grpo="--task rules")  # fmt: skip
 
 
 def missing(package):
@@ -399,6 +400,13 @@ def vllm(r):
     engine.close()
 
 
+def fitting(text, flags):
+    """Those of the flags, each with a value, that a script has: its fields stand in its text."""
+    words = flags.split()
+    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
+    return [word for flag, value in pairs if f"\n    {flag[2:].replace('-', '_')}: " in text for word in (flag, value)]
+
+
 def scripts(r):
     if missing("tyro"):
         return r.say("algos/*.py", {"": "skipped: no tyro"})
@@ -408,10 +416,10 @@ def scripts(r):
 
     def run(script):
         path, start = ROOT / "algos" / f"{script}.py", time.monotonic()
-        has = re.search(r"^    (pairs_per_step|batch_size):", path.read_text(), re.M)
+        has = re.search(r"^    (pairs_per_step|batch_size):", text := path.read_text(), re.M)
         flags = dict(pairs_per_step=PAIRS, batch_size=TOLD).get(has and has[1], SMALL)
         flags += " " + FEW.get(script, "--task addition --group-size 4" if flags == SMALL else "") + " --steps 1" * r.dry
-        command = [sys.executable, path, *flags.split(), "--device", r.device.type, "--run-dir", f"{folder}/{script}"]
+        command = [sys.executable, path, *fitting(text, flags), "--device", r.device.type, "--run-dir", f"{folder}/{script}"]
         left = max(1, r.until - 5 - start)
         try:
             done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=left)

@@ -24,6 +24,14 @@ def test_every_part_runs(tmp_path, tiny, capsys):
     assert found["device"] == "cpu" and sum(row["bound"] is not None for row in found["rows"]) >= 25
 
 
+@pytest.mark.parametrize("name, flags, kept", [
+    ("grpo", gpu.SMALL, gpu.SMALL), ("training_free_grpo", "--minibatches 2 --task rules", "--task rules"),
+    ("mdlm", gpu.TOLD + " --group-size 4", gpu.TOLD),
+])  # fmt: skip
+def test_a_script_gets_the_flags_that_it_has(name, flags, kept):
+    assert gpu.fitting((gpu.ROOT / "algos" / f"{name}.py").read_text(), flags) == kept.split()
+
+
 def test_what_goes_wrong_is_said(monkeypatch, capsys):
     def part(r):
         r.say("not a number", dict(x=float("nan")), dict(x=1))

@@ -10,7 +10,21 @@ import torch
 from common import UserError
 from runs import launch, pictures
 from runs.panels import __main__ as panels
-from runs.panels import columns, gdpo, metrics, pf_ppo, poad, rank_grpo, rlfr, spo, start, t_ppo, unmasking_policy
+from runs.panels import (
+    columns,
+    gdpo,
+    metrics,
+    otr,
+    pf_ppo,
+    poad,
+    precision_pretraining,
+    rank_grpo,
+    rlfr,
+    spo,
+    start,
+    t_ppo,
+    unmasking_policy,
+)
 
 REFERENCE = launch.ROOT / "runs" / "reference" / "panels"
 
@@ -88,6 +102,43 @@ def test_spo_over_tokens_from_made_up_runs(tmp_path, monkeypatch):
             write(tmp_path, script, flags, seed, [dict(step=i, tokens=10, accuracy=i / 4) | more for i in (1, 2, 3, 4)])
     assert spo.over_tokens(*spo.ARMS["chain"][:2], every=2) == [[(60, 0.375), (120, 0.875)]] * 3
     assert spo.over_tokens(*spo.ARMS["grpo"][:2], every=2)[0] == [(20, 0.375), (40, 0.875)]
+
+
+def test_otr_on_a_small_scale(tmp_path, monkeypatch):
+    """More guesses come nearer to all of them; accuracy and the last ten log-probs are read from made-up runs."""
+    found = otr.cosines(1, guesses=(1, 256), draws=2, n=4)
+    assert max(found[1]) < min(found[256]) and 0.9 < min(found[256]) <= 1
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.setattr(otr, "cosines", lambda seed: found)
+    for (script, own, *_) in otr.ARMS.values():
+        for seed in (1, 2, 3):
+            for rate in otr.RATES:
+                evals = [dict(step=0, greedy_accuracy=0.1), dict(step=20, greedy_accuracy=seed / 10 + float(rate))]
+                write(tmp_path, script, f"{own}lr-{rate}", seed, [dict(step=i, logp=-i) for i in range(1, 21)], evals)
+    data = otr.numbers(1)
+    assert data["accuracy"]["sft"][1] == pytest.approx([0.2003, 0.201, 0.203]) and data["logp"]["DFT"][2] == [-15.5] * 3
+    draws(otr, data, tmp_path)
+
+
+def draws(panel, data, folder):
+    figure = pictures.pyplot().figure(figsize=panel.SIZE, layout="constrained")
+    panel.draw(figure, json.loads(json.dumps(data)))
+    figure.savefig(folder / "x.png")
+    assert (folder / "x.png").stat().st_size > 20_000
+
+
+def test_precision_pretraining_from_made_up_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    for flags, *_ in precision_pretraining.ARMS.values():
+        for seed in (1,):
+            rows = [dict(step=i, entropy=float(i)) for i in range(1, 50)]
+            evals = [{"step": i, "perplexity": 80 - i, "greedy_accuracy": 0.1, "avg@16": 0.2, "pass@16": 0.3} for i in (0, 40)]
+            write(tmp_path, "precision_pretraining", flags, seed, rows, evals)
+            write(tmp_path, "grpo", precision_pretraining.GRPO.format(seed=seed, arm=flags), seed, rows, evals)
+    data = precision_pretraining.numbers(1)
+    assert data["perplexity"]["beta 0.5"] == [[(40, 40)]] and data["average"]["cross-entropy"][0] == [(0, 0.2), (40, 0.2)]
+    assert data["later"]["beta -0.25"][0] == [(20, 10.5), (40, 30.5)]
+    draws(precision_pretraining, data, tmp_path)
 
 
 def test_rank_grpo_counts_and_smooths():

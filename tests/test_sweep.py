@@ -103,6 +103,28 @@ def test_a_base_that_failed_everywhere_is_still_the_base():
     assert sweep.against(summaries, dict.fromkeys(summaries, "x"), ["a", "b", "c"], "lr", ["1"]) == {}
 
 
+def test_scripts_that_learn_from_demonstrations(root, capsys):
+    """The table has what there is of them: no KL, but perplexity and the log-prob of the demonstrations."""
+    text = (
+        SCRIPT.replace("GAIN", "0.1")
+        .replace("FAILS", "[]")
+        .replace("lr: float = 1.0", "lr: float = 1.0\n    batch_size: int = 1")
+    )
+    text = text.replace("accuracy=0.5, entropy=1", "logp=-lr, entropy=1").replace("prompts=8)", "prompts=8, perplexity=3 - s)")
+    for name in ("told", "other"):
+        (root / "algos" / f"{name}.py").write_text(text)
+    sweep.main(sweep.Options(("told", "other"), OVER, seeds=1, out=str(root / "out")), [])
+    head, _, first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = dict(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, first))))
+    assert cells["lr"] == "1e-2" and cells["greedy accuracy"] == "0.210 (0.210 to 0.210)"
+    assert (
+        cells["perplexity"] == "1.000 (1.000 to 1.000)" and cells["log-prob of demonstrations"] == "-0.010 (-0.010 to -0.010)"
+    )
+    assert not any("KL" in cell or "sampled" in cell for cell in cells)
+    with pytest.raises(UserError, match="of kinds online and supervised have no common curves"):
+        sweep.checked(sweep.Options(("told", "base"), OVER), [])
+
+
 MISTAKES = [
     (dict(scripts=("base",), over=("lr",)), [], "--over needs a flag and its values"),
     (dict(scripts=("base",), over=("rate", "1")), [], "base.py has no flag --rate"),

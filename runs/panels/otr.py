@@ -16,6 +16,8 @@ RATES = ("3e-4", "1e-3", "3e-3")
 ARMS = {
     "sft": ("sft", "", "0.55", "-"),
     "otr": ("otr", "", "tab:blue", "-"),
+    "otr, exact": ("otr", "exact-", "tab:cyan", "--"),
+    "DFT": ("otr", "beta-0-exact-kappa-1-", "tab:orange", ":"),
 }
 
 
