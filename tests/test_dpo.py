@@ -167,7 +167,7 @@ def test_micro_batches_change_nothing(whole, tmp_path):
 
 def test_two_ranks_are_one_process(tmp_path, letters):
     for ranks in (1, 2):
-        test_gpu.launch(ranks, *SMALL, "--dtype", "float64", "--micro-batch-tokens", 120, "--run-dir", tmp_path / str(ranks),
+        test_gpu.launch(ranks, *SMALL, "--dtype", "float64", "--micro-batch-tokens", 60, "--run-dir", tmp_path / str(ranks),
                         script="algos/dpo.py")  # fmt: skip
     for a, b in zip(*(test_gpu.metrics(tmp_path / r) for r in "12")):
         assert a.keys() == b.keys()

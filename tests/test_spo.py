@@ -399,7 +399,7 @@ def train(tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tasks, "load", lambda name, *_: once(name))
-        patch.setattr(worlds.tiny, "warm_start", lambda *_: str(tiny))
+        patch.setattr(worlds.tiny, "warm_start", lambda *_, **__: str(tiny))
         yield trained
 
 
