@@ -11,7 +11,7 @@ Family: supervised
 Base: this is the script that methods on demonstrations are diffed against: they change `token_loss`, which sees the whole
       distribution of the next token, or `token_weights`.
 Costs: a forward and a backward pass; sampling for the evaluation alone. The loss goes through policy's `read`, which children
-       use for more: the head takes about 1.4 times the seconds of policy's own log-probs, and one gradient of its size.
+       use for more: the head then takes longer than for policy's own log-probs, and holds one gradient of its size.
 Run:   python algos/sft.py                                      tiny model, CPU, seconds
        python algos/sft.py --model qwen2.5-1.5b                 GSM8K's worked solutions on one GPU
        torchrun --nproc-per-node 8 algos/sft.py --model qwen2.5-7b --task conversations.jsonl

@@ -39,8 +39,8 @@ def fill(batch, L, end):
     return dataclasses.replace(batch, ids=ids, attention_mask=seen, mask=everywhere, trained=everywhere)
 
 
-def blocks(args):
-    """-> (positions of a block, denoising steps in it). Raises UserError where the canvas cannot be cut so."""
+def check_canvas(args):
+    """Raises UserError where a canvas cannot be filled in so many steps, in such blocks."""
     L, steps = args.max_new_tokens, args.denoising_steps
     width = args.block_length or L
     if L % width:
@@ -49,7 +49,6 @@ def blocks(args):
         raise UserError(f"--denoising-steps {steps} is more than the canvas has positions, {L}")
     if steps < L // width:
         raise UserError(f"--denoising-steps {steps}: each of the {L // width} blocks needs one")
-    return width, steps * width // L
 
 
 class Canvas(HF):
@@ -64,7 +63,7 @@ class Canvas(HF):
     def __init__(self, policy, tokenizer, args, unmask):
         super().__init__(policy, tokenizer)
         self.args, self.unmask, self.mask_id = args, unmask, mask_id(policy.lm.config, tokenizer, args)
-        blocks(args)
+        check_canvas(args)
 
     def guess(self, lm, prompts, seen, tokens, masked, noise, temperature):
         """One pass over the canvas behind prompts [b, S] with seen [b, S] -> (tokens [b, L], their probabilities [b, L])."""

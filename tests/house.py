@@ -25,7 +25,7 @@ PURPOSE = {
     "policy": ("Policy", "Packing", "HeadLogp"),
     "fit": ("unfit", "probe"),
     "foreign": ("translate",),
-    "diffusion": ("Canvas", "fill", "blocks", "mask_id"),
+    "diffusion": ("fill", "check_canvas", "mask_id"),
     "engines": ("Decoder", "HF", "draw"),
     "vllm_engine": ("VLLM",),
     "rewards": ("Own",),

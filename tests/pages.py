@@ -111,6 +111,7 @@ def verdict(lesson, base_text, found):
         for script, text in ((lesson.name, lesson.text), (lesson.base, base_text)):
             data, others = setting(command, text)
             sides.append({i.partition("@")[2] or data: i for i in items(summary, script)})
+        sides[1] = {place.partition(",")[0]: i for place, i in sides[1].items()}
         after = f" with {others}" if others else ""
         for place, item in sides[0].items():
             data, _, own = place.partition(",")
@@ -118,6 +119,7 @@ def verdict(lesson, base_text, found):
                 continue
             mine, theirs = summary[item], summary[sides[1][data]]
             said = data + after + (f" ({own.replace(',', ', ')})" if own else "")
+            said += f" (against {lesson.base} with flags of its own)" if "," in sides[1][data] else ""
             for measure in [m for m in MEASURES if m in mine and m in theirs][:1]:
                 words[compare(mine[measure], theirs[measure])].append(said)
     said = [f"{word} on {' and '.join(dict.fromkeys(data))}" for word, data in words.items() if data]

@@ -50,11 +50,12 @@ def test_verdicts(tmp_path):
     flagged = {"sapo_at_route,lr=1,tau=2": (0.5, 0.5), "sapo_at_route,lr=2": (1, 1), "grpo_at_route": (0.8, 0.8)}
     found = results(tmp_path, "c", "... -- --epochs 2", **flagged)
     assert pages.verdict(lesson, BASE, found).endswith("worse on addition and route with --epochs 2 (lr=1, tau=2)")
-    # other data, another record, or a base with flags: not compared
+    # other data, or another record: not compared; a base with flags is told
     (tmp_path / "a.json").unlink(), (tmp_path / "b.json").unlink()
     found = results(tmp_path, "c", "...", sapo_at_a=(1, 1), grpo_at_b=(0, 0), grpo=(0, 0))
-    found = results(tmp_path, "d", "...", **{"sapo_at_b,lr=1": (1, 1), "sapo_at_b": (1, 1), "grpo_at_b,lr=1": (0, 0)})
     assert pages.verdict(lesson, BASE, found) == "not compared"
+    found = results(tmp_path, "d", "...", **{"sapo_at_b,lr=1": (1, 1), "sapo_at_b": (1, 1), "grpo_at_b,lr=1": (0, 0)})
+    assert pages.verdict(lesson, BASE, found) == "better on b (against grpo with flags of its own)"
 
 
 def test_data_of_a_script():
