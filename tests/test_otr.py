@@ -6,7 +6,9 @@ import torch
 from algos import grpo, otr, sft
 from common import UserError, settings
 from tests import sync
-from tests.helpers import ROOT, lines, run
+from tests.helpers import ROOT, lines, run, tiny
+
+__all__ = ["tiny"]
 
 LOGITS = [2.0, 1, 0, -1]
 GUESSES = [0, 0, 1, 0, 2, 1, 0, 0]  # of the card's example, whose next token is 1
@@ -117,3 +119,22 @@ def test_what_a_run_logs(tmp_path):
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert all(0.7 < r["hit_rate"] < 1 and 0 <= r["no_hit"] < 0.1 and abs(r["loss"]) < -r["logp"] for r in rows)
     assert done.out.splitlines()[-1].startswith("greedy accuracy ")
+
+
+def test_every_update_guesses_anew(tiny, tmp_path, monkeypatch):
+    """By (seed, update): the same numbers for the same, others for others."""
+    made, loss = [], otr.token_loss
+
+    def remembered(targets, logits, args, noise):
+        if noise.requires_grad is False and logits.requires_grad:
+            made.append(noise[:3].clone())
+        return loss(targets, logits, args, noise)
+
+    monkeypatch.setattr(otr, "token_loss", remembered)
+    monkeypatch.setattr("sys.argv", ["otr.py"])
+    small = dict(model=str(tiny), steps=2, batch_size=4, eval_prompts=2, eval_every=0, checkpoint_every=0, samples=5)
+    for seed, name in ((1, "a"), (1, "b"), (2, "c")):
+        otr.train(otr.Args(seed=seed, run_dir=str(tmp_path / name), **small))
+    n = len(made) // 3
+    a, b, c = made[:n], made[n : 2 * n], made[2 * n :]
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(a[0], a[-1]) and not torch.equal(a[0], c[0])

@@ -338,6 +338,23 @@ def test_its_checkpoint_is_a_model_for_grpo(whole):
     assert len(tokenizer) == model.vocab_size == policy.lm.lm_head.weight.shape[0]
 
 
+def test_every_update_has_demonstrations_of_its_own(tiny, tmp_path, monkeypatch):
+    """Of the places in the order that follow on those before, by the script's own loop."""
+    made, drawn = [], demonstrations.batch
+
+    def remembered(task, examples, tokenizer, args, seed, first=0):
+        made.append((seed, first, [e.id for e in examples]))
+        return drawn(task, examples, tokenizer, args, seed, first)
+
+    monkeypatch.setattr(demonstrations, "batch", remembered)
+    monkeypatch.setattr("sys.argv", ["sft.py"])
+    small = dict(steps=3, batch_size=4, eval_prompts=2, eval_every=0, checkpoint_every=0)
+    sft.train(sft.Args(model=str(tiny), run_dir=str(tmp_path / "run"), seed=5, **small))
+    (evaluated, *updates, again), order = made, load("addition")[1].order(0, 12, 5)
+    assert evaluated == again and evaluated[0] == 0  # alike for all seeds
+    assert updates == [(5, 4 * i, [e.id for e in order[4 * i : 4 * i + 4]]) for i in range(3)]
+
+
 # ---------------------------------------------------------------- random weights
 
 
