@@ -135,6 +135,8 @@ def test_a_llada_is_a_llama(tmp_path):
     assert models.load_tokenizer(arguments(tmp_path)).mask_token_id == MASK
     config, size = models.architecture(arguments(tmp_path))
     assert (config.num_key_value_heads, config.vocab_size, size) == (4, 80, sum(p.numel() for p in lm.parameters()))
+    (tmp_path / "config.json").write_text(json.dumps(fields | dict(embedding_size=None)))
+    assert foreign.translate(str(tmp_path))[0].vocab_size == 77
 
 
 @pytest.mark.parametrize("theirs, kind, shift", [("Dream", Qwen2Config, 1), ("a2d-qwen3", Qwen3Config, 0)])

@@ -127,7 +127,7 @@ def test_every_update_guesses_anew(tiny, tmp_path, monkeypatch):
 
     def remembered(targets, logits, args, noise):
         if noise.requires_grad is False and logits.requires_grad:
-            made.append(noise[:3].clone())
+            made.append(noise.flatten())
         return loss(targets, logits, args, noise)
 
     monkeypatch.setattr(otr, "token_loss", remembered)
@@ -137,4 +137,5 @@ def test_every_update_guesses_anew(tiny, tmp_path, monkeypatch):
         otr.train(otr.Args(seed=seed, run_dir=str(tmp_path / name), **small))
     n = len(made) // 3
     a, b, c = made[:n], made[n : 2 * n], made[2 * n :]
-    assert all(torch.equal(x, y) for x, y in zip(a, b)) and not torch.equal(a[0], a[-1]) and not torch.equal(a[0], c[0])
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and a[0].std() > 0.2
+    assert not torch.isin(a[-1], a[0]).any() and not torch.isin(c[0], a[0]).any()
