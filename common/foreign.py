@@ -41,8 +41,6 @@ def translate(name):
         return None
     kind, fields, weights, shift = KINDS[raw["model_type"]]
     own = {fields.get(field, field): value for field, value in raw.items() if field not in NOT_THEIRS}
-    if own.get("num_key_value_heads", 0) is None:
-        own["num_key_value_heads"] = own["num_attention_heads"]
     if "embedding_size" in own:  # the table may have more rows than there are tokens
         own["vocab_size"] = own.pop("embedding_size") or own["vocab_size"]
     config = kind(**own | dict(is_causal=False, use_cache=True))

@@ -355,6 +355,14 @@ def test_every_update_has_demonstrations_of_its_own(tiny, tmp_path, monkeypatch)
     assert updates == [(5, 4 * i, [e.id for e in order[4 * i : 4 * i + 4]]) for i in range(3)]
 
 
+def test_a_tiny_checkpoint_runs_on_one_thread_as_the_tiny_model_does(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(gpu, "init", lambda args, small: told.append(small) or gpu.device())
+    monkeypatch.setattr("sys.argv", ["sft.py"])
+    settings.prepare("sft.py", sft.Args(model=str(tiny)))
+    assert told == [True]
+
+
 # ---------------------------------------------------------------- random weights
 
 
