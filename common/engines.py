@@ -13,16 +13,13 @@ from common.policy import recorded
 from common.vllm_engine import VLLM
 
 
-def make_engine(policy, tokenizer, args, context, hf_only="", heated=False):
-    """The engine of args.engine: hf, vllm, or auto (vLLM where it is installed and there is a GPU). `hf_only`: what a script
-    needs that vLLM cannot give, in words; then auto is hf, and vllm is refused. `heated`: whether temperatures may be functions
-    (see draw), which vLLM has to know from the start."""
+def make_engine(policy, tokenizer, args, context, heated=False):
+    """The engine of args.engine: hf, vllm, or auto (vLLM where it is installed and there is a GPU). `heated`: whether
+    temperatures may be functions (see draw), which vLLM has to know from the start."""
     installed = importlib.util.find_spec("vllm") is not None
-    if args.engine == "vllm" and hf_only:
-        raise UserError(f"--engine vllm: this script needs {hf_only}, which vLLM cannot give; use --engine hf")
     if args.engine == "vllm" and not installed:
         raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
-    if args.engine == "vllm" or args.engine == "auto" and installed and gpu.device().type == "cuda" and not hf_only:
+    if args.engine == "vllm" or args.engine == "auto" and installed and gpu.device().type == "cuda":
         return VLLM(policy, tokenizer, args, context, heated)
     return HF(policy, tokenizer, stop=vars(args).get("stop", ()))
 

@@ -288,12 +288,3 @@ def test_thoughts_that_are_fed_are_replayed_in_one_packed_pass(tiny):
     lm.zero_grad()
     logp.sum().backward()  # what is fed is detached: its words get a gradient as outputs and as tokens only
     assert all(p.grad is not None for p in policy.parameters())
-
-
-def test_vllm_is_refused_where_a_script_needs_the_decoder(tiny, capsys):
-    tokenizer, policy, _ = tiny
-    assert engines.make_engine(policy, tokenizer, args(engine="auto"), 64, hf_only="embeddings fed while decoding").name == "hf"
-    with pytest.raises(SystemExit) as stop:
-        engines.make_engine(policy, tokenizer, args(engine="vllm"), 64, hf_only="embeddings fed while decoding")
-    line = capsys.readouterr().err
-    assert stop.value.code == 2 and line.count("\n") == 1 and "embeddings fed while decoding" in line and "--engine hf" in line
