@@ -12,7 +12,7 @@ class Thinker(HF):
     logits at the temperature of sampling, or, where `layer` is given, the hidden states there, [b, H] (see policy.recorded);
     embedding the model's; noise [b, numbers] float64 in [0, 1), None at temperature 0, where nothing is drawn. shown: tokens
     that stand for the thoughts in the text. record: what the training pass needs to feed the same again. logp: of what was
-    drawn. closes: the token that is shown is fed itself, and ends the thinking.
+    drawn. closes: the token that is shown is fed itself, and ends the thinking; an end token among these ends the completion.
 
     forced: two lists of token ids, which follow thoughts that such a token closed, and thoughts that the limit ended; they are
     fed, not drawn. Then tokens follow as in HF, with the same random numbers; with on=False nothing else does: the same policy,
@@ -71,6 +71,7 @@ class Thinker(HF):
                 noise = [torch.rand(n, self.numbers, dtype=torch.float64, generator=stream) for stream in streams]
                 noise = torch.cat(noise).to(device, real)
             fed, some = embedding(token), thinking[rows].nonzero().squeeze(-1)
+            thought = torch.zeros_like(thinking[rows])
             if len(some):
                 who = rows[some]
                 z = decoder.logits.to(wide) / (temperature or 1.0) if self.layer is None else decoder.states[self.layer]
@@ -80,14 +81,13 @@ class Thinker(HF):
                 token[some], token_logp[some] = shown, density.to(logp.dtype)
                 fed[some] = torch.where(closes[:, None], embedding(shown), mixed.to(fed.dtype))
                 given[who, t, 0], given[who, t, 2:] = (~closes).to(wide), record.to(wide)
-                over = closes | (t + 1 >= most[who])
+                thought[some], over = ~closes, closes | (t + 1 >= most[who])
                 thinking[who[over]] = False
                 for which, ids in zip((closes, over & ~closes), self.forced):
                     forced[who[which], t + 1 : t + 1 + len(ids)] = torch.tensor(ids, dtype=torch.int64, device=device)
             tokens[rows, t], logp[rows, t], lengths[rows] = token, token_logp, t + 1
             done = torch.isin(token, end) | self._stopped(tokens[rows, : t + 1])
-            done[some] = False
-            ended[rows] = done
+            ended[rows] = done = done & ~thought
             going = rows[~done & (t + 1 < limit[rows])]
         self.given.append((given, forced[:, :T] < 0))
         found = zip(*(x.tolist() for x in (tokens, logp, lengths, ended)))

@@ -129,6 +129,18 @@ def test_thoughts_end_where_a_token_closes_them_and_forced_tokens_follow(tiny):
     assert gap[~closing].max() < CLOSE  # of the closing one, this test's think() has a density of its own
 
 
+def test_an_end_token_ends_a_completion_where_it_closes_and_is_a_thought_elsewhere(tiny):
+    tokenizer, _, task = tiny
+    a, prefixes, eos = args(), [x.ids for x in task.train[:8]], tokenizer.eos_token_id
+    hot = dict(n=8, max_new_tokens=8, temperature=4.0, seeds=list(range(8)))
+    shown = [x[0] for x in engine(tiny, a, thoughts=8).generate(prefixes, **hot)]
+    assert any(eos in y for y in shown) and all(len(y) == 8 for y in shown)
+    closed = engine(tiny, a, thoughts=8, marker=eos).generate(prefixes, **hot)
+    for before, (after, _, ended) in zip(shown, closed):
+        n = before.index(eos) + 1 if eos in before else 8
+        assert after == before[:n] and ended == (eos in before)
+
+
 def test_greedily_nothing_is_drawn(tiny):
     tokenizer, policy, task = tiny
     e, prefixes = engine(tiny, args()), [x.ids for x in task.train[:3]]
