@@ -150,16 +150,14 @@ def cuts(sizes, prompts, budget):
 def read(policy, batch, args, rows=None, temperature=None, how=None, **reading):
     """The scoring pass, by micro-batches -> what policy() gives of the batch's rows [b] (None: all): log-probs and entropies,
     [b, T] each; or, with read=f, beside=[...], the values of f; and with layers=[...] last the hidden states [b, T, H] of each
-    (see policy.Policy). how(micro-batch, args): more of policy()'s arguments, where they differ from one to the next.
-    `temperature`: None is args.temperature. A sharded policy is left in its shards, since weights that stay gathered would hide
-    gradients from clip_gradients."""
+    (see policy.Policy). how(micro-batch, args): more of policy()'s arguments. `temperature`: None is args.temperature. A
+    sharded policy is left in its shards, since weights that stay gathered would hide gradients from clip_gradients."""
     rows = torch.arange(len(batch.ids), device=batch.ids.device) if rows is None else rows
     place = torch.empty(len(batch.ids), dtype=torch.int64, device=rows.device)
     place[rows] = torch.arange(len(rows), device=rows.device)
-    temperature = args.temperature if temperature is None else temperature
-    out, T = (), batch.mask.shape[1]
+    out, T, heat = (), batch.mask.shape[1], args.temperature if temperature is None else temperature
     for mb in batch.micro_batches(rows, args.micro_batch_tokens):
-        found = policy(mb.ids, mb.attention_mask, mb.mask, temperature, **reading, **(how(mb, args) if how else {}))
+        found = policy(mb.ids, mb.attention_mask, mb.mask, heat, **reading, **(how(mb, args) if how else {}))
         out = out or tuple(None if x is None else x.new_zeros(len(rows), T, *x.shape[2:]) for x in found)
         for whole, x in zip(out, found):
             if x is not None and mb.mask.any():

@@ -98,7 +98,6 @@ class HF:
     def __init__(self, policy, tokenizer, rows=1024, stop=()):
         self.policy, self.tokenizer, self.rows, self.stop = policy, tokenizer, rows, stop
         self.device, self.end = gpu.device(), end_tokens(policy.lm, tokenizer)
-        self.real = torch.float32 if self.device.type == "mps" else torch.float64  # of random numbers and log-probs
         self.lm = policy.lm
         if gpu.world() > 1:
             config, dtype = copy.deepcopy(policy.lm.config), next(policy.parameters()).dtype
@@ -152,35 +151,31 @@ class HF:
         streams, uniform = [torch.Generator().manual_seed(seed) for seed in seeds], torch.zeros(B, T, dtype=torch.float64)
         for i, (stream, most) in enumerate(zip(streams, budgets)):  # the CPU's numbers, so that every device draws the same
             uniform[n * i : n * i + n, :most] = torch.rand(n, most, dtype=torch.float64, generator=stream)
-        uniform, end = uniform.to(self.device, self.real), torch.tensor(self.end, device=self.device)
-        limit = torch.tensor(budgets, device=self.device).repeat_interleave(n)
+        uniform = (uniform.float() if self.device.type == "mps" else uniform).to(self.device)
+        limit, end = torch.tensor(budgets).repeat_interleave(n).to(self.device), torch.tensor(self.end, device=self.device)
         tokens, logp = torch.full((B, T), pad, device=self.device), torch.zeros_like(uniform)
         lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad, self.layers)
         ended, step = limit > limit, self._sampler(decoder, streams, limit, temperature)
-        going, fed = (limit > 0).nonzero().squeeze(-1), None
-        for t in range(T):
-            if not len(going):
-                break
+        t, going, fed = 0, (limit > 0).nonzero().squeeze(-1), decoder.rows
+        while len(going):
             if len(going) < len(decoder.rows):
                 decoder.keep(going)
-                fed = fed if fed is None else fed[going]
+                fed = fed[going]
             if t:
                 decoder.feed(fed)
             rows = decoder.rows
             tokens[rows, t], logp[rows, t], fed, may_end = step(uniform[rows, t], t)
-            lengths[rows] = t + 1
-            ended[rows] = (torch.isin(tokens[rows, t], end) | self._stopped(tokens[rows, : t + 1])) & may_end
-            going = (~ended[rows] & (t + 1 < limit[rows])).nonzero().squeeze(-1)
-        found = zip(*(x.tolist() for x in (tokens, logp, lengths, ended)))
-        return [(y[:k], p[:k], done) for y, p, k, done in found]
+            t, ended[rows] = t + 1, (torch.isin(tokens[rows, t], end) | self._stopped(tokens[rows, : t + 1])) & may_end
+            lengths[rows], going = t, (~ended[rows] & (t < limit[rows])).nonzero().squeeze(-1)
+        return [(y[:k], p[:k], done) for y, p, k, done in zip(*(x.tolist() for x in (tokens, logp, lengths, ended)))]
 
     def _sampler(self, decoder, streams, limit, temperature):
-        """-> step(uniform [b], t) -> (tokens, log-probs, what is fed for them, whether a completion may end there), for the
-        rows that are there. streams: a generator of each prefix, behind the numbers that tokens are drawn with."""
+        """-> step(uniform [b], t) -> (tokens, log-probs, what is fed for them, whether a completion may end there), of the rows
+        that are there. streams: a generator for each prefix, behind the numbers that tokens are drawn with."""
 
         def step(uniform, t):
             token, logp = draw(decoder.logits, uniform, temperature)
-            return token, logp.to(self.real), token, True
+            return token, logp.to(uniform.dtype), token, True
 
         return step
 

@@ -57,7 +57,7 @@ class Thinker(HF):
             token, logp = torch.where(must < 0, token, must), logp.where(must < 0, 0.0)
             if temperature and thinking.any():  # every prefix's stream moves on at every position
                 noise = [torch.rand(each, self.numbers, dtype=torch.float64, generator=stream) for stream in streams]
-                noise = torch.cat(noise).to(device, self.real)
+                noise = torch.cat(noise).to(device, uniform.dtype)
             fed, some, may_end = embedding(token), thinking[rows].nonzero().squeeze(-1), torch.ones_like(token).bool()
             if len(some):
                 who = rows[some]
