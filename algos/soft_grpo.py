@@ -250,7 +250,7 @@ def thinker(policy, tokenizer, args):
         raise UserError(f"--marker {args.marker}: that is no token of the model's")
     closing = torch.tensor(models.end_tokens(policy.lm, tokenizer) + marker, device=next(policy.parameters()).device)
     one = lambda *x: think(*x, closing)  # noqa: E731
-    return thoughts.Thinker(policy, tokenizer, args, one, numbers=args.top_k, m=2 * args.top_k)
+    return thoughts.Thinker(policy, tokenizer, args, one, args.thoughts, numbers=args.top_k, m=2 * args.top_k)
 
 
 # ---------------------------------------------------------------- what is only looked at

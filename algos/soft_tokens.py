@@ -16,7 +16,7 @@ so minibatches is 1 by default; --minibatches, --epochs and --stale work as else
 in the text as its likeliest token, and --marker, or an end token, shown so, is written as a token and ends the thinking.
 
 Family: latent
-Differs from rloo.py in: eps, surrogate, token_weights, graded, mean_embedding, think, position_logp, replay, thinker, train
+Differs from rloo.py in: surrogate, token_weights, graded, mean_embedding, think, density, replay, position_logp, thinker, train
 Measures: readings, measure
 Costs: sampling by transformers, a position at a time (vLLM feeds no embeddings while decoding), so that real models are slow;
     an embedding for every thought; evaluation twice, in tokens and in thoughts; every tenth step two passes more, for norms.
@@ -242,7 +242,7 @@ def thinker(policy, tokenizer, args):
     closing = torch.tensor(models.end_tokens(policy.lm, tokenizer) + marker, device=next(policy.parameters()).device)
     text, H = tokenizer(args.prefill or "", add_special_tokens=False)["input_ids"], policy.lm.config.hidden_size
     one = lambda *x: think(*x, closing)  # noqa: E731
-    engine = thoughts.Thinker(policy, tokenizer, args, one, numbers=H, m=H, forced=(text, marker + text))
+    engine = thoughts.Thinker(policy, tokenizer, args, one, args.thoughts, numbers=H, m=H, forced=(text, marker + text))
     engine.on = args.cot != "hard"
     return engine
 
