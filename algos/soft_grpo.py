@@ -131,13 +131,13 @@ class Args:
     )  # fmt: skip
     hf_only = "embeddings fed while decoding"
     tiny_preset = dict(task="chain:slips", steps=20, max_new_tokens=9, eval_every=5, thoughts=7)
-    real_preset = dict(thoughts=512, marker="</think>")
+    real_preset = dict(thoughts=512)
     eps: float = 0.2
     """half-width of the clip interval (verl, TRL; the paper gives none)"""
     thoughts: int | None = None
     """most thoughts that a completion begins with (ours; the paper lets them fill the response)"""
     marker: str | None = None
-    """token that ends the thinking where a thought is shown as it (the released code); an end token does so, too"""
+    """token that ends the thinking where a thought is shown as it, as end tokens do; None: </think>, where there is one"""
     top_k: int = 5
     """tokens that a thought mixes (the paper)"""
     top_p: float = 0.95
@@ -245,9 +245,11 @@ def thinker(policy, tokenizer, args):
     """The engine, with the tokens that end thinking."""
     from common import UserError, models, thoughts
 
-    marker = [] if args.marker is None else [tokenizer.convert_tokens_to_ids(args.marker)]
+    marker = [tokenizer.convert_tokens_to_ids(args.marker or "</think>")]
     if marker in ([None], [tokenizer.unk_token_id]):
-        raise UserError(f"--marker {args.marker}: that is no token of the model's")
+        marker = []
+        if args.marker:
+            raise UserError(f"--marker {args.marker}: that is no token of the model's")
     closing = torch.tensor(models.end_tokens(policy.lm, tokenizer) + marker, device=next(policy.parameters()).device)
     one = lambda *x: think(*x, closing)  # noqa: E731
     return thoughts.Thinker(policy, tokenizer, args, one, args.thoughts, numbers=args.top_k, m=2 * args.top_k)

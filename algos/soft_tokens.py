@@ -133,13 +133,13 @@ class Args:
         task="chain:slips", steps=150, prompts_per_step=16, group_size=16, minibatches=1, lr=3e-4, max_new_tokens=9,
         eval_every=25, checkpoint_every=50, thoughts=7,
     )  # fmt: skip
-    real_preset = dict(group_size=32, minibatches=1, thoughts=128, marker="</think>", prefill="The final answer is: \\boxed{")
+    real_preset = dict(group_size=32, minibatches=1, thoughts=128, prefill="The final answer is: \\boxed{")
     cot: Literal["soft", "fuzzy", "hard"] = "soft"
     """how it thinks: in mixtures, in what is nearly one token's embedding with noise, in tokens (the paper's three)"""
     thoughts: int | None = None
     """most thoughts that a completion begins with (the paper: 128 on GSM8K)"""
     marker: str | None = None
-    """token that ends the thinking where a thought is shown as it; an end token does, too (the paper: a text)"""
+    """token that ends the thinking where a thought is shown as it, as end tokens do; None: </think>, where there is one"""
     prefill: str | None = None
     """text that follows the thinking, neither drawn nor trained (the paper)"""
     noise_scale: float = 0.33
@@ -191,14 +191,13 @@ def graded(batch, args):
 def mean_embedding(z, weight, args):
     """Logits [n, V], embeddings [V, H] -> h [n, H]."""
     tau = dict(soft=0.5, fuzzy=1e-4)[args.cot]
-    p = (z / tau).softmax(-1)
-    return p.to(weight.dtype)[:, : len(weight)] @ weight[: z.shape[1]]
+    return (z / tau).softmax(-1) @ weight.to(z.dtype)
 
 
 def think(z, embedding, noise, args, closing):
     """Logits [b, V], uniform numbers [b, H] or None, tokens that end thinking -> what is fed [b, H], shown [b], kept (what is
     fed) [b, H], its log-density [b], and where thinking ends [b]."""
-    h, shown = mean_embedding(z, embedding.weight, args).to(z.dtype), z.argmax(-1)
+    h, shown = mean_embedding(z, embedding.weight, args), z.argmax(-1)
     xi = torch.zeros_like(h) if noise is None else torch.special.ndtri(noise.clamp(min=1e-12)).to(h)
     fed, ends = h + args.sigma * xi, torch.isin(shown, closing)
     token = z.log_softmax(-1).gather(1, shown[:, None])[:, 0]
@@ -228,7 +227,7 @@ def position_logp(given, z, weight, args):
     token, entropy = logp.gather(1, given[:, 1:2].long())[:, 0], -(logp.exp() * logp).sum(1).detach()
     if args.cot == "hard":
         return token, entropy
-    thought = density(given[:, 2:], mean_embedding(z, weight, args).to(given.dtype), args)
+    thought = density(given[:, 2:], mean_embedding(z, weight, args), args)
     return torch.where(given[:, 0] > 0, thought, token), entropy
 
 
@@ -236,9 +235,11 @@ def thinker(policy, tokenizer, args):
     """The engine, with the tokens that end thinking and those that follow it."""
     from common import UserError, models, thoughts
 
-    marker = [] if args.marker is None else [tokenizer.convert_tokens_to_ids(args.marker)]
+    marker = [tokenizer.convert_tokens_to_ids(args.marker or "</think>")]
     if marker in ([None], [tokenizer.unk_token_id]):
-        raise UserError(f"--marker {args.marker}: that is no token of the model's")
+        marker = []
+        if args.marker:
+            raise UserError(f"--marker {args.marker}: that is no token of the model's")
     closing = torch.tensor(models.end_tokens(policy.lm, tokenizer) + marker, device=next(policy.parameters()).device)
     text, H = tokenizer(args.prefill or "", add_special_tokens=False)["input_ids"], policy.lm.config.hidden_size
     one = lambda *x: think(*x, closing)  # noqa: E731
