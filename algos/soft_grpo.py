@@ -1,28 +1,40 @@
-"""SofT-GRPO. Zheng, Lee, Gu, Liu and Teh, "SofT-GRPO: Surpassing Discrete-Token LLM Reinforcement Learning via
-Gumbel-Reparameterized Soft-Thinking Policy Optimization", arXiv 2511.06411 (2025).
+"""SofT-GRPO: "Surpassing Discrete-Token LLM Reinforcement Learning via Gumbel-Reparameterized Soft-Thinking Policy
+Optimization". Zheng, Lee et al., arXiv 2511.06411 (2025).
 
-Idea: think in mixtures of tokens in place of single ones, and train this by GRPO. Noise on the log-probs of the few likeliest
-tokens makes a thought a random draw, and the noise has a density, which takes the place of a token's probability in the
-ratio. The answer behind the thoughts is written in tokens.
+Idea: think in mixtures of tokens, and learn from the noise that mixed them. At a thought the k likeliest tokens get Gumbel
+noise on their log-probs, and the softmax of the sums weighs the embeddings that are fed in place of one token's. The noisy
+log-probs are the action: their density under the policy of now, against that of the one that sampled, is GRPO's ratio there.
 
-Objective, to be maximised: that of grpo.py, with these numbers at thoughts (Eq. 3 to 8):
-    g_i = log p_i + noise_i,   noise ~ Gumbel(0, 1),   p renormalised over the top-k, top-p tokens i
-    fed: sum_i softmax(g / tau_g)_i e_i
-    log pi(thought) = mean over i of f(g_i - log p_i),   f(x) = -x - e^-x,   g a constant, p the policy's on the same tokens
+Objective, to be maximised (Eq. 3 to 12; GRPO's, over thoughts and tokens alike):
+    J = 1/B sum_i 1/|y_i| sum_t min(r A, clip(r, 1 - eps, 1 + eps) A),   A = (R - mean R) / std R over the group
+    token:    log r = log pi(y_t) - log pi_old(y_t)
+    thought:  log r = f(x) - f(x_old),   f(x) = sum_i (-x_i - e^-x_i)   over the kept entries i
+              p_i = pi(i) / sum of pi over the kept,   x_i = g_i - log p_i
+    rollout:  g_i = log p_i - log(-log u_i),   fed: sum_i y_i e_i,   y = softmax(g / tau_g)
 
-The paper sums over i; the released code, and this script, takes the mean, of the tokens with log p above -3 under the policy
-that is read, clamps noise to [-1.5, 3], and adds 1e-6 to p. --logp-agg sum is the paper's. What is fed is a constant in the
-backward pass, too. A thought is shown in the text as its likeliest token; --marker, or an end token, shown so, is written as a
-token and ends the thinking. With --beta the penalty on a thought is k3 of two densities, no KL of distributions.
+Kept are the top_k likeliest tokens, of these the likeliest that make up top_p. The ids and g of a thought are constants: the
+training pass feeds the same mixture of today's embeddings, without a gradient through it, and finds the noise x that today's
+policy would have needed. An entry drawn high is pushed up if A > 0, one drawn low is pushed down, several tokens at a time.
+
+By default f is that of the released code (--logp-agg mean): x clamped to [-1.5, 3], where a clamped entry has no gradient,
+and the mean over the entries with log p > -3 under the policy of now, so that f and f_old may be means over other entries;
+--logp-agg sum is the paper's f. In both p gains 1e-6, and the noise of the rollout is clamped to the same interval: 6% of it
+lies on a bound, where in the code rounding decides whether it has a gradient; here f's interval is narrower by 0.001 on
+either side, and it has none. As in the paper, the mean is over a completion's positions and then over completions, and there
+is no dual clip. With --beta the reference is read with the same thoughts: the penalty on them is k3 of a density, not a KL.
+
+A thought is shown as its heaviest token. Thinking ends where that is the first token of --marker or an end token: it is then
+a token, fed and scored as one. It ends after --thoughts as well, and then the marker is fed, untrained. --thoughts 0 is GRPO.
+The paper's Gaussian control is left out.
 
 Family: latent
-Differs from grpo.py in: shares, think, mixture, thought_logp, position_logp, replay, thinker, train
-Measures: readings, measure
-Costs: sampling by transformers, a position at a time (vLLM feeds no embeddings while decoding), so that real models are slow;
-    2 k numbers a thought; evaluation twice, in thoughts and in tokens.
-Run:   python algos/soft_grpo.py                                tiny model, CPU, about a minute
-       python algos/soft_grpo.py --task route --thoughts 28     all of a route in thoughts
-       python algos/soft_grpo.py --model qwen2.5-1.5b           GSM8K on one GPU, slowly
+Differs from grpo.py in: eval_samples, kept_logp, noise, thought_logp, mixture, think, make_engine, replay, train
+Measures: seen, measure, readings
+Costs: k numbers and k ids a position; decoding by transformers, since vLLM feeds tokens alone. The evaluation reads the
+       policy twice, softly and in tokens (discrete_...), with 32 samples each.
+Run:   python algos/soft_grpo.py                                running sums that slip, tiny model, CPU, about a minute
+       python algos/soft_grpo.py --task route --thoughts 28     a soft route: the shown tokens are the text
+       python algos/soft_grpo.py --model qwen2.5-7b             GSM8K on one GPU, slowly; a model that writes </think> is apt
 """
 
 import sys
@@ -93,7 +105,7 @@ class Args:
     """steps between greedy evaluations; 0: only before and after"""
     eval_prompts: int = 512
     """held-out prompts, at most"""
-    eval_samples: int = 0
+    eval_samples: int | None = None
     """also samples N completions of each: avg@N (their mean) and pass@N (whether one is right); 0: the greedy one only"""
     eval_temperature: float = 1.0
     """temperature of these samples"""
@@ -130,22 +142,22 @@ class Args:
         tau_g="0 < x",
     )  # fmt: skip
     hf_only = "embeddings fed while decoding"
-    tiny_preset = dict(task="chain:slips", steps=20, max_new_tokens=9, eval_every=5, thoughts=7)
-    real_preset = dict(thoughts=512)
+    tiny_preset = dict(task="chain:slips", steps=20, eval_every=5, eval_samples=32, thoughts=7, marker="")
+    real_preset = dict(eval_samples=0, thoughts=512, marker="</think>")
     eps: float = 0.2
-    """half-width of the clip interval (verl, TRL; the paper gives none)"""
+    """half-width of the clip interval (authors' script)"""
     thoughts: int | None = None
-    """most thoughts that a completion begins with (ours; the paper lets them fill the response)"""
+    """most thoughts of a completion; None: 7 on the tiny model, all sums of the chain but the last, else 512 (ours)"""
     marker: str | None = None
-    """token that ends the thinking where a thought is shown as it, as end tokens do; None: </think>, where there is one"""
+    """text whose first token, being shown, closes the thinking; empty: an end token alone; None: that, else </think>"""
     top_k: int = 5
-    """tokens that a thought mixes (the paper)"""
+    """entries of a thought, at most (section 4.1)"""
     top_p: float = 0.95
-    """of them those that make up this probability (the paper)"""
+    """of these only the likeliest, which have this probability together (section 4.1)"""
     tau_g: float = 0.1
-    """temperature of the mixture: the nearer to 0, the nearer a thought is to one token (the paper)"""
+    """temperature of the mixture; below 1 it is nearly one token (section 4.1)"""
     logp_agg: Literal["mean", "sum"] = "mean"
-    """over a thought's tokens: mean of those above log p = -3 (the released code), or sum of all (the paper)"""
+    """of a thought's entries: mean (released code, masked and clamped) or sum (the paper)"""
 
 
 # ---------------------------------------------------------------- the objective
@@ -156,6 +168,48 @@ def advantages(rewards, args):
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, keepdim=True)
     return torch.where(std > 1e-6, centred / (std + 1e-6), torch.zeros_like(rewards))
+
+
+def kept_logp(logits, kept):
+    """[n, k] each -> log p [n, k], renormalised over the kept entries, with the code's 1e-6; -1e30: -inf has NaN gradients."""
+    return (logits.masked_fill(~kept, -1e30).softmax(-1) + 1e-6).log()
+
+
+def noise(record, z):
+    """record [n, 2 k], logits z [n, V] -> the noise x that would give g, log p, and which entries are kept, [n, k] each."""
+    ids, g = record.chunk(2, -1)
+    kept = g > -1e29
+    logp = kept_logp(z.gather(-1, ids.long()), kept)
+    return (g - logp).masked_fill(~kept, 0.0), logp, kept
+
+
+def thought_logp(record, z, args):
+    """record [n, 2 k], logits z [n, V] -> log-density of g [n]. Its gradient by log p_i is 1 - e^-x_i, 0 on average."""
+    x, logp, counted = noise(record, z)
+    if args.logp_agg == "mean":
+        x, counted = x.clamp(-1.499, 2.999), counted & (logp > -3)  # what lies on a bound has no gradient
+    f = (-x - (-x).exp()).masked_fill(~counted, 0.0).sum(-1)
+    return f / counted.sum(-1).clamp(min=1) if args.logp_agg == "mean" else f
+
+
+def mixture(embedding, record, args):
+    """record [n, 2 k], the ids and g of thoughts -> what is fed for them [n, H]."""
+    ids, g = record.chunk(2, -1)
+    y = (g / args.tau_g).softmax(-1).to(embedding.weight.dtype)
+    return torch.einsum("nk,nkh->nh", y, embedding(ids.long()))
+
+
+def think(z, embedding, u, closing, args):
+    """Logits z [n, V], numbers u [n, k] in [0, 1) or None, token ids that close -> of n thoughts: fed [n, H], shown [n], record
+    [n, 2 k], log-density [n], and whether it closes [n]: then it is the token that is shown, with a token's log-prob."""
+    top = z.softmax(-1).topk(args.top_k)
+    kept = top.values.cumsum(-1) - top.values < args.top_p
+    gumbel = 0.0 if u is None else -(-u.log()).log().clamp(-3.0, 1.5).to(z.dtype)  # in [-1.5, 3], u = 0 too
+    g = (kept_logp(z.gather(-1, top.indices), kept) + gumbel).masked_fill(~kept, -1e30)
+    shown, record = top.indices.gather(-1, g.argmax(-1, keepdim=True)), torch.cat([top.indices.to(g), g], -1)
+    closes, token = torch.isin(shown[:, 0], closing), z.log_softmax(-1).gather(-1, shown)[:, 0]
+    density = torch.where(closes, token, thought_logp(record, z, args))
+    return mixture(embedding, record, args), shown[:, 0], record, density, closes
 
 
 def surrogate(logp, old_logp, adv, mask, args):
@@ -179,105 +233,60 @@ def kl_penalty(logp, ref_logp, mask):
     return log_ratio.exp() - log_ratio - 1
 
 
-# ---------------------------------------------------------------- thoughts
+def seen(record, z, args):
+    """What is logged of thoughts [n]: greatest weight, nats of p, share of its noise at a bound or beyond, entries kept."""
+    x, logp, kept = noise(record, z.detach())
+    weight = (record.chunk(2, -1)[1] / args.tau_g).softmax(-1).amax(-1)
+    entropy, bound = -(logp.exp() * logp * kept).sum(-1), x != x.clamp(-1.499, 2.999)
+    return weight, entropy, (bound & kept).sum(-1) / kept.sum(-1), kept.sum(-1).to(z.dtype)
 
 
-def shares(chosen, kept):
-    """Logits of some tokens [n, k], which of them count -> their log-probs among these, as the released code has it."""
-    return (chosen.masked_fill(~kept, -1e30).softmax(-1) + 1e-6).log()
-
-
-def think(z, embedding, noise, args, closing):
-    """Logits [b, V], uniform numbers [b, k] or None, tokens that end thinking -> what is fed [b, H], shown [b], kept [b, 2 k],
-    its log-density [b], and where thinking ends [b]."""
-    top = z.log_softmax(-1).topk(args.top_k)
-    kept = top.values.exp().cumsum(-1) - top.values.exp() < args.top_p
-    g = shares(top.values, kept)
-    if noise is not None:
-        g = g - (-noise.clamp(min=1e-12).log()).log().to(g).clamp(-3.0, 1.5)  # Gumbel noise in [-1.5, 3]
-    g, order = g.masked_fill(~kept, -1e30).sort(descending=True)
-    ids = top.indices.gather(1, order)
-    record = torch.cat([ids.to(g), g], 1)
-    ends = torch.isin(ids[:, 0], closing)
-    logp = torch.where(ends, z.log_softmax(-1).gather(1, ids[:, :1])[:, 0], thought_logp(record, z, args)[0])
-    return mixture(embedding, record, args), ids[:, 0], record, logp, ends
-
-
-def mixture(embedding, record, args):
-    """Tokens and their noisy log-probs g [n, 2 k] -> the embedding that is fed [n, H]."""
-    ids, g = record[:, : args.top_k].long(), record[:, args.top_k :]
-    return torch.einsum("nk,nkh->nh", (g / args.tau_g).softmax(-1).to(embedding.weight.dtype), embedding(ids))
-
-
-def thought_logp(record, z, args):
-    """[n, 2 k], logits [n, V] -> log-densities of the thoughts [n], the share of noise at a bound [n], entropies of p [n]."""
-    ids, g = record[:, : args.top_k].long(), record[:, args.top_k :]
-    kept = g > -1e29
-    logp = shares(z.gather(1, ids), kept)
-    x = (g - logp).masked_fill(~kept, 0.0).clamp(-1.5, 3.0)
-    f, n = -x - (-x).exp(), kept.sum(1)
-    clamped = (((x <= -1.4999) | (x >= 2.9999)) & kept).sum(1) / n
-    entropy = -(logp.exp() * logp * kept).sum(1).detach()
-    if args.logp_agg == "sum":
-        return (f * kept).sum(1), clamped, entropy
-    counted = kept & (logp > -3)
-    return (f * counted).sum(1) / counted.sum(1).clamp(min=1), clamped, entropy
-
-
-def position_logp(given, z, args):
-    """Thought or token: given [n, 2 + 2 k], logits [n, V] -> log-probs, entropies of the next token, and of thoughts what
-    thought_logp() gives beside, [n] each."""
-    logp = z.log_softmax(-1)
-    token, entropy = logp.gather(1, given[:, 1:2].long())[:, 0], -(logp.exp() * logp).sum(1).detach()
-    thought, *seen = thought_logp(given[:, 2:], z, args)
-    return torch.where(given[:, 0] > 0, thought, token), entropy, *seen
-
-
-def replay(mb, args):
-    """What the policy is told of a micro-batch, to feed and to read what the sampler did."""
-    given = mb.columns["given"]
-    soft = given[:, :, 0] > 0
-    make = lambda embedding: mixture(embedding, given[soft][:, 2:], args)  # noqa: E731
-    return dict(read=lambda given, z: position_logp(given, z, args), given=given, thoughts=(soft, make))
-
-
-def thinker(policy, tokenizer, args):
-    """The engine, with the tokens that end thinking."""
-    from common import UserError, models, thoughts
-
-    marker = [tokenizer.convert_tokens_to_ids(args.marker or "</think>")]
-    if marker in ([None], [tokenizer.unk_token_id]):
-        marker = []
-        if args.marker:
-            raise UserError(f"--marker {args.marker}: that is no token of the model's")
-    closing = torch.tensor(models.end_tokens(policy.lm, tokenizer) + marker, device=next(policy.parameters()).device)
-    one = lambda *x: think(*x, closing)  # noqa: E731
-    return thoughts.Thinker(policy, tokenizer, args, one, args.thoughts, numbers=args.top_k, m=2 * args.top_k)
-
-
-# ---------------------------------------------------------------- what is only looked at
+def measure(meter, mb, logp, stats, found):
+    """How far ratios move and are clipped at thoughts and at tokens apart, and what seen() says of the thoughts."""
+    thought = mb.columns["given"][:, :, 0] > 0
+    both = dict(clip_fraction=stats["clip_fraction"], log_ratio=(logp.detach() - mb.old_logp).abs())
+    for name, mask in dict(thoughts=mb.trained & thought, tokens=mb.trained & ~thought).items():
+        meter.add({f"{k}_{name}": x for k, x in both.items()}, mask)
+    names = ("thought_weight", "thought_entropy", "noise_clamped", "thought_entries")
+    meter.add(dict(zip(names, found)), mb.trained & thought)
 
 
 def readings(engine, evaluate):
-    """What evaluate() gives of thoughts, and, as discrete_..., of the same policy in tokens."""
-    found = evaluate()
-    engine.on = False
-    tokens = evaluate()
-    engine.on = True
-    return found | {f"discrete_{name}": value for name, value in tokens.items() if name != "prompts"}
-
-
-def measure(meter, mb, stats, seen, args):
-    """Of thoughts: the greatest weight, noise at a bound, entropy of p; and clipped shares of thoughts and tokens apart."""
-    given = mb.columns["given"]
-    soft, weight = given[:, :, 0] > 0, (given[:, :, 2 + args.top_k :] / args.tau_g).softmax(-1).amax(-1)
-    clamped, entropy = seen
-    meter.add(dict(thought_weight=weight, noise_clamped=clamped, thought_entropy=entropy), soft & mb.trained)
-    meter.add(dict(clip_fraction_thoughts=stats["clip_fraction"]), soft & mb.trained)
-    meter.add(dict(clip_fraction_tokens=stats["clip_fraction"]), ~soft & mb.trained)
+    """evaluate() with thoughts, and discrete_...: of the same policy in tokens."""
+    values, engine.on = evaluate(), False
+    tokens, engine.on = evaluate(), True
+    return values | {f"discrete_{k.removeprefix('greedy_')}": v for k, v in tokens.items() if k != "prompts"}
 
 
 # ---------------------------------------------------------------- the loop
+
+
+def make_engine(policy, tokenizer, args):
+    """The engine that samples thoughts. After the marker's first token its others are fed, after the last thought all of it."""
+    from common import encoding
+    from common.thoughts import Thinker
+
+    (marker,) = encoding.tokenize([args.marker], tokenizer, "--marker", add_special_tokens=False)
+    engine = Thinker(policy, tokenizer, args, None, numbers=args.top_k, m=2 * args.top_k, forced=(marker[1:], marker))
+    closing = torch.tensor([*engine.end, *marker[:1]], device=engine.device)
+    engine.think = lambda z, embedding, u, args: think(z, embedding, u, closing, args)
+    return engine
+
+
+def replay(mb, args):
+    """What policy() gets of a micro-batch besides: thoughts are fed as they were, and read by their density."""
+    if not args.thoughts:
+        return {}
+    given = mb.columns["given"]
+    thought = given[:, :, 0] > 0
+
+    def read(given, z):
+        logp, record = z.log_softmax(-1), given[:, 2:]
+        token = logp.gather(-1, given[:, 1:2].long())[:, 0]
+        density = torch.where(given[:, 0] > 0, thought_logp(record, z, args), token)
+        return density, -(logp.exp() * logp).sum(-1).detach(), *seen(record, z, args)
+
+    return dict(read=read, given=given, thoughts=(thought, lambda embedding: mixture(embedding, given[thought][:, 2:], args)))
 
 
 def train(args):
@@ -294,7 +303,7 @@ def train(args):
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
-    engine = thinker(policy, tokenizer, args)
+    engine = make_engine(policy, tokenizer, args)
     scorer = rewards.Scorer(task.check, inline=task.inline)
 
     def evaluate():
@@ -332,9 +341,9 @@ def train(args):
         for rows, weights in minibatches(batch, args, step, token_weights):
             batch.weights, loss = weights, 0.0
             for mb in batch.micro_batches(rows, args.micro_batch_tokens):
-                logp, entropy, *seen = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature, **replay(mb, args))
+                how = replay(mb, args)
+                logp, entropy, *found = policy(mb.ids, mb.attention_mask, mb.mask, args.temperature, **how)
                 objective, stats = surrogate(logp, mb.old_logp, mb.adv, mb.trained, args)
-                measure(meter, mb, stats, seen, args)
                 if reference:
                     stats["ref_kl"] = kl_penalty(logp, mb.ref_logp, mb.trained)
                     objective = objective - args.beta * stats["ref_kl"]
@@ -342,6 +351,7 @@ def train(args):
                 micro_loss.backward()
                 loss += micro_loss.item()
                 meter.add(stats | rollout.diagnostics(logp, mb, entropy), mb.trained)
+                measure(meter, mb, logp, stats, found)
             grad_norm = gpu.clip_gradients(policy, args.max_grad_norm)
             if run.finite(gpu.total(loss), grad_norm):
                 optimizer.step()

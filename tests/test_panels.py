@@ -11,7 +11,9 @@ from common import UserError
 from runs import launch, pictures
 from runs.panels import __main__ as panels
 from runs.panels import (
+    bupo,
     columns,
+    cot2,
     gdpo,
     metrics,
     otr,
@@ -127,6 +129,22 @@ def draws(panel, data, folder):
     assert (folder / "x.png").stat().st_size > 20_000
 
 
+def test_cot2_from_made_up_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.setattr(cot2, "passes", lambda folder, seed: {1: 0.5, 2: 0.25 * len(folder.name), 4: 0.8, 8: 0.9, 16: 1.0})
+    arms = [own for own, _ in cot2.ARMS.values()] + [cot2.flags(b, w) for b in cot2.TRACES for w in cot2.WIDTHS]
+    for flags in dict.fromkeys(arms):
+        for seed in (1, 2, 3):
+            evals = [{"step": i, "greedy_accuracy": 0.9 - i / 100, "avg@8": 0.1 * seed + i / 100} for i in (0, 20)]
+            write(tmp_path, "cot2", flags, seed, [dict(step=i, entropy_thoughts=2 - i / 20) for i in range(1, 21)], evals)
+    data = cot2.numbers(1)
+    assert data["greedy"]["1"][2] == [(16, 0.9), (24, 0.9), (32, 0.9)] and cot2.flags(1, 32) == "steps-0-traces-1-width-32"
+    assert data["tokens"]["24"][0][1] == (2, 0.25 * len("cot2-1-steps-0-traces-1"))
+    assert data["entropy"]["K = 6"][0][-1] == (20, 1.0)
+    assert data["over"]["K = 6"]["drawn"][1] == [(0, 0.2), (20, pytest.approx(0.4))]
+    draws(cot2, data, tmp_path)
+
+
 def test_precision_pretraining_from_made_up_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     for flags, *_ in precision_pretraining.ARMS.values():
@@ -139,6 +157,23 @@ def test_precision_pretraining_from_made_up_runs(tmp_path, monkeypatch):
     assert data["perplexity"]["beta 0.5"] == [[(40, 40)]] and data["average"]["cross-entropy"][0] == [(0, 0.2), (40, 0.2)]
     assert data["later"]["beta -0.25"][0] == [(20, 10.5), (40, 30.5)]
     draws(precision_pretraining, data, tmp_path)
+
+
+def test_bupo_from_made_up_runs(tmp_path, monkeypatch):
+    """Every fourth step has entropies of the inner policies; the start has those of the embeddings and of the whole as well."""
+    data = bupo.start_of(1, prompts=4, task="addition")
+    assert len(data["entropy"]) == 5 and data["entropy"][0] > 3 > data["entropy"][4] > 0
+    assert len(data["dH"]) == 4 and data["boundary"] == max(l for l, x in enumerate(data["dH"], 1) if x > 0)
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    for script, own, *_ in bupo.ARMS.values():
+        for seed in (1, 2, 3):
+            inner = {f"entropy_{i}": i / 10 for i in range(4)}
+            made = [dict(step=i, entropy=float(i)) | (inner if i % 4 == 1 else {}) for i in range(1, 13)]
+            write(tmp_path, script, bupo.FLAGS.format(own), seed, made, [dict(step=i, greedy_accuracy=i / 10) for i in (0, 6)])
+    data |= bupo.curves()
+    assert data["accuracy"]["GRPO"] == [[(0, 0.0), (6, 0.6)]] * 3 and data["whole"]["GRPO"][0][11] == (12, 12.0)
+    assert data["layers"]["layer 1 for 100%"]["entropy_2"][0] == [(1, 0.2), (5, 0.2), (9, 0.2)]
+    draws(bupo, data, tmp_path)
 
 
 def test_rank_grpo_counts_and_smooths():

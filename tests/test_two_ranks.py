@@ -13,6 +13,7 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -22,6 +23,10 @@ MORE = dict(
     rmt=dict(task="digits"),
     **dict.fromkeys(["sft", "otr"], dict(batch_size=7)),  # a row more on one of them
     gdpo=dict(task="sums"),
+    bupo=dict(inner_steps=1),  # and the final policy afterwards
+    soft_tokens=dict(task="chain:slips"),  # sums of one character, each a thought
+    atp_latent=dict(task="chains", sft_steps=12, demos_per_step=8, max_new_tokens=8),
+    cot2=dict(task="mnns", csft_steps=60, csft_batch=32, k=6),
     training_free_grpo=dict(task="rules", prompts_per_step=32),  # a world of its own; enough groups that teach
     unmasking_policy=dict(task="sums"),
 )
