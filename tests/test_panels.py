@@ -138,7 +138,7 @@ def test_cot2_from_made_up_runs(tmp_path, monkeypatch):
             evals = [{"step": i, "greedy_accuracy": 0.9 - i / 100, "avg@8": 0.1 * seed + i / 100} for i in (0, 20)]
             write(tmp_path, "cot2", flags, seed, [dict(step=i, entropy_thoughts=2 - i / 20) for i in range(1, 21)], evals)
     data = cot2.numbers(1)
-    assert data["greedy"]["1"][2] == [(16, 0.9), (24, 0.9), (32, 0.9)] and cot2.flags(1, 32) == "steps-0-traces-1-width-32"
+    assert data["greedy"]["1"][2] == [(24, 0.9), (32, 0.9)] and cot2.flags(1, 32) == "steps-0-traces-1-width-32"
     assert data["tokens"]["24"][0][1] == (2, 0.25 * len("cot2-1-steps-0-traces-1"))
     assert data["entropy"]["K = 6"][0][-1] == (20, 1.0)
     assert data["over"]["K = 6"]["drawn"][1] == [(0, 0.2), (20, pytest.approx(0.4))]

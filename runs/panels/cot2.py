@@ -10,7 +10,7 @@ from runs.probe import pass_at_k, powers
 
 SIZE = (14.5, 3.8)
 N = 16
-WIDTHS = {16: "width-16", 24: "", 32: "width-32"}
+WIDTHS = {24: "", 32: "width-32"}
 # --traces: how many, label, colour. The folders of runs.compare, by their flags.
 TRACES = {0: ("CSFT, all 16 traces", "tab:blue"), 1: ("one trace, in tokens", "tab:orange")}
 ARMS = {"K = 1": ("k-1", "#fdae6b"), "K = 3": ("", "tab:blue"), "K = 6": ("k-6", "#08306b")}

@@ -17,7 +17,6 @@ PAIR = {
 }
 ARMS = {
     "forward": ("task-addition", "tab:blue", "-"),
-    "jsd": ("divergence-jsd-task-addition", "tab:green", "-"),
     "reverse": ("divergence-reverse-task-addition", "tab:purple", "-"),
     "forward, entries at most 0.05": ("entry-clip-0.05-task-addition", "0.5", "--"),
 }
