@@ -17,10 +17,9 @@ ARMS = {
     "accuracy + coherence": ("", "tab:blue", "-"),
     "accuracy": ("coherence-weight-0", "tab:orange", "--"),
     "coherence": ("accuracy-weight-0-coherence-weight-1", "tab:red", "-."),
-    "the same, sigma 0.02": ("fixed-sigma-0.02-kl-weight-0", "tab:green", ":"),
 }
 SHOWN = {"avg@4": "right, sampled (held out)", "coherence": "coherence, greedy", "latents": "latents used, greedy"}
-PATHS = {"learned sigma": "accuracy + coherence", "sigma 0.02": "the same, sigma 0.02"}
+PATHS = {"learned sigma": "accuracy + coherence"}
 POINTS, PAIRS = 11, 100
 
 

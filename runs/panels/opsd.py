@@ -1,4 +1,4 @@
-"""OPSD: accuracy over the tokens that were generated, and over updates, beside GRPO; what each divergence and teacher makes."""
+"""OPSD: accuracy over the tokens that were generated, and over updates, beside GRPO; and what a cap on its entries does."""
 
 from pathlib import Path
 
@@ -17,7 +17,6 @@ PAIR = {
 }
 ARMS = {
     "forward": ("task-addition", "tab:blue", "-"),
-    "reverse": ("divergence-reverse-task-addition", "tab:purple", "-"),
     "forward, entries at most 0.05": ("entry-clip-0.05-task-addition", "0.5", "--"),
 }
 
