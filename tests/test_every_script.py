@@ -13,6 +13,7 @@ OWN = dict(
     rto="--dpo-steps 3 --dpo-pairs-per-step 8".split(),
     rlfr="--flow-steps 8 --demos-per-step 4".split(),
     atp_latent="--sft-steps 12 --demos-per-step 8".split(),  # until answers end, or nothing is paid
+    bupo="--task addition".split(),
     cot2="--csft-steps 40 --csft-batch 32".split(),
     # A window that ends some right responses and cuts others: those wait in the checkpoint, with log-probs that are needed.
     t_ppo="--task addition --window 19 --value-warmup 0 --policy-tokens all".split(),
