@@ -374,7 +374,10 @@ def test_chains():
     assert atp_latent.chains("addition").name.startswith("addition") and atp_latent.chains("x.jsonl") is None
 
 
-def test_marks_that_are_no_tokens_are_refused(parts):
+def test_a_prompt_ends_with_the_first_mark_and_other_marks_are_refused(parts):
+    start, end = parts.marks
+    for e in parts.task.train + parts.task.test:
+        assert e.ids[-1] == start != end and parts.tokenizer.decode(e.ids[:-1]) == e.prompt
     with pytest.raises(UserError, match="--marks <start> <no>"):
         atp_latent.questions(replace(parts.a, marks=("<start>", "<no>")), parts.tokenizer)
 

@@ -17,9 +17,10 @@ ARMS = {
     "accuracy + coherence": ("", "tab:blue", "-"),
     "accuracy": ("coherence-weight-0", "tab:orange", "--"),
     "coherence": ("accuracy-weight-0-coherence-weight-1", "tab:red", "-."),
+    "both, sigma 0.02": ("fixed-sigma-0.02-kl-weight-0", "tab:green", ":"),
 }
 SHOWN = {"avg@4": "right, sampled (held out)", "coherence": "coherence, greedy", "latents": "latents used, greedy"}
-PATHS = {"learned sigma": "accuracy + coherence"}
+PATHS = {"learned sigma": "accuracy + coherence", "sigma 0.02": "both, sigma 0.02"}
 POINTS, PAIRS = 11, 100
 
 
