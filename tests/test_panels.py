@@ -40,7 +40,7 @@ def test_a_committed_picture_is_drawn_again(name, tmp_path):
 
 
 def test_unknown_and_missing(tmp_path):
-    with pytest.raises(UserError, match="no picture of grpo; there are: gdpo, "):
+    with pytest.raises(UserError, match="no picture of grpo; there are: atp_latent, bupo, "):
         panels.main(panels.Options(scripts=("grpo",), out=str(tmp_path)))
     with pytest.raises(UserError, match="--redraw needs the numbers in .*spo.json"):
         panels.main(panels.Options(scripts=("spo",), out=str(tmp_path), redraw=True))
