@@ -13,6 +13,7 @@ has changed since. An item is compared with the first one on the same data.
 """
 
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -186,8 +187,12 @@ def summarise_supervised(runs, measure="accuracy"):
 
 
 def summarise(runs, measure="accuracy"):
-    """Mean, least and greatest over seeds of what the table shows. `runs`: what read() gives, per seed."""
+    """Mean, least and greatest over seeds of what the table shows. `runs`: what read() gives, per seed; by --steps 0 there is
+    but an evaluation."""
     metrics = [rows for rows, _, _ in runs]
+    ends = {f"greedy {measure} {when}": band([run[i] for run in runs]) for i, when in ((1, "before"), (2, "after"))}
+    if not all(metrics):
+        return ends
 
     def mean(key, part=slice(None)):
         return [statistics.mean(r[key] for r in rows[part]) for rows in metrics]
@@ -197,14 +202,12 @@ def summarise(runs, measure="accuracy"):
 
     late = slice(-10, None)
     values = {
-        f"greedy {measure} before": [before for _, before, _ in runs],
-        f"greedy {measure} after": [after for _, _, after in runs],
         f"sampled {measure}, last 10 steps": mean("accuracy", late),
         f"sampled {measure}, mean of all steps": mean("accuracy"),
         "entropy, last 10 steps": mean("entropy", late),
         "greatest KL in a step": greatest("approx_kl"),
     }
-    out = {k: band(v) for k, v in values.items()}
+    out = ends | {k: band(v) for k, v in values.items()}
     if measure == "accuracy":
         first = [next((r["step"] for r in rows if r["accuracy"] >= 0.7), None) for rows in metrics]
         out["first step with sampled accuracy 0.7"] = dict(seeds=first)
@@ -213,17 +216,18 @@ def summarise(runs, measure="accuracy"):
 
 def curve(folder, of):
     """A run's curve: rows of metrics.jsonl with the evaluation of the same step in them, for pairs the evaluations
-    alone; what KEPT names, to five digits. `of`: its kind."""
+    alone; what KEPT names, avg@N and pass@N, to five digits. `of`: its kind."""
     steps = {}
     for row in [*(rows_of(folder / "metrics.jsonl") if of != "pairs" else ()), *rows_of(folder / "evals.jsonl")]:
         steps.setdefault(row["step"], {}).update(row)
-    kept = [{k: row[k] for k in KEPT if k in row} for _, row in sorted(steps.items())]
+    kept = [{k: row[k] for k in [*KEPT, *(k for k in row if "@" in k)] if k in row} for _, row in sorted(steps.items())]
     return [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in row.items()} for row in kept]
 
 
 def summary(folders, of):
     """[folder, one a seed] of an item -> what the table shows of it. `of`: its kind."""
-    measure = (folders[0] / "done").read_text().split()[1]
+    said = re.search(r"greedy (\w+)", (folders[0] / "done").read_text())
+    measure = said[1] if said else "accuracy"
     if of == "online":
         return summarise([read(f) for f in folders], measure)
     runs = [(rows_of(f / "metrics.jsonl"), rows_of(f / "evals.jsonl")) for f in folders]

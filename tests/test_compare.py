@@ -241,6 +241,24 @@ def test_online(tmp_path, monkeypatch, capsys, measure):
     assert titles(pictures) == [items * 4] and record["data"] == dict.fromkeys(items, "route")
 
 
+
+def test_evaluation_only(tmp_path, monkeypatch, capsys):
+    """By --steps 0: one evaluation, no step; and avg@N and pass@N are kept of every one."""
+    drawn(monkeypatch)
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "algos" / "grpo.py").write_text("\ndef surrogate(")
+    evals = [{"step": 0, "greedy_accuracy": 0.25, "avg@4": 0.125, "discrete_pass@4": 0.5, "latents": 2.0}]
+    said = "evaluation only (no steps): greedy score 0.25 on 8 held-out prompts"
+    fake(tmp_path / "runs" / "compare" / "grpo-1-steps-0", said, [], evals, task="route")
+    compare.main(compare.Options(("grpo",), seeds=1, out=str(tmp_path / "out")), ["--steps", "0"])
+    record = json.loads((tmp_path / "out.json").read_text())
+    found = {k: v["mean"] for k, v in record["summary"]["grpo"].items()}
+    assert found == {"greedy score before": 0.25, "greedy score after": 0.25}
+    assert record["curves"]["grpo"] == [[{"step": 0, "greedy_accuracy": 0.25, "avg@4": 0.125, "discrete_pass@4": 0.5}]]
+    assert "| grpo | 0.250" in capsys.readouterr().out
+
+
 def test_supervised(tmp_path, monkeypatch, capsys):
     """Of demonstrations: greedy accuracy, where there is one, and perplexity, before and after."""
     pictures = drawn(monkeypatch)
