@@ -240,8 +240,6 @@ def measure(meter, policy, batch, args, step, l, layer):
 
 def train(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
     from common import engines, gpu, models, rewards, rollout, runlog, settings, tasks
     from common.batch import Meter, minibatches, read
 
@@ -253,9 +251,6 @@ def train(args):
     policy = gpu.shard(models.load(args, device))
     reference = gpu.shard(models.load(args, device, trainable=False)) if args.beta > 0 else None
     optimizer = gpu.make_optimizer(policy, args)
-    get_optimizer_state_dict(policy, optimizer)  # makes states of all weights; no checkpoint can be read that lacks some
-    for state in optimizer.state.values():
-        state["step"].zero_()
     run.restore(policy, optimizer)
     engine = engines.make_engine(policy, tokenizer, args, context)
     scorer = rewards.Scorer(task.check, inline=task.inline)

@@ -9,6 +9,7 @@ import shutil
 
 import huggingface_hub
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import state_dict as dcp
 
 from common import UserError, gpu, reason, whole_folder
@@ -41,6 +42,15 @@ def save(run, policy, optimizer):
         (scratch / "manifest.json").write_text(json.dumps(dict(model=_key(policy), files=sums)))
     for old in _all(run.dir)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _put(module, optimizer, weights, states):
+    """What a checkpoint has of a module and its optimizer, into both."""
+    dcp.set_model_state_dict(module, weights, options=WHOLE)
+    if states:
+        dcp.set_optimizer_state_dict(module, optimizer, states, options=dcp.StateDictOptions(**vars(WHOLE) | {"strict": False}))
+        for weight in [w for name, w in module.named_parameters() if name not in states["state"]]:
+            optimizer.state.pop(weight, None)  # it has had no gradient yet, and dcp would have it be one step old
 
 
 def _states(module, optimizer):
@@ -94,21 +104,14 @@ def find(run, config=None):
 def restore(run, found, policy, optimizer):
     """What find() gave into the policy, the optimizer and the run; with another number of processes the rollouts that wait
     in the queue are shared out anew."""
-    from safetensors.torch import load_file
-
     folder, manifest, saved = found
     if manifest["model"] != _key(policy):
         raise UserError(f"--resume {run.dir}: the checkpoint is of another model ({manifest['model']})")
     # A tied head is in neither, since it is the embeddings; beside adapters the weights are those of the start.
     weights = saved["own"] or {f"lm.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
-    dcp.set_model_state_dict(policy, weights, options=WHOLE)
-    if saved["optimizer"]:
-        dcp.set_optimizer_state_dict(policy, optimizer, saved["optimizer"], options=WHOLE)
+    _put(policy, optimizer, weights, saved["optimizer"])
     for name, pair in run.extra.items():
-        weights, states = saved[name]
-        dcp.set_model_state_dict(pair[0], weights, options=WHOLE)
-        if states:
-            dcp.set_optimizer_state_dict(*pair, states, options=WHOLE)
+        _put(*pair, *saved[name])
     for schedule, state in zip(run.schedules, saved.get("schedules", ())):
         schedule.load_state_dict(state)
         gpu.set_rate(schedule)  # --steps may have changed

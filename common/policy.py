@@ -78,7 +78,6 @@ def recorded(lm, layers):
     states, handles = {}, []
     places = dict(enumerate([*lm.model.layers, lm.model.norm])) | {"normed": lm.lm_head} if layers else {}
     for layer in layers:
-
         def keep(module, inputs, layer=layer):
             states[layer] = inputs[0]
 

@@ -13,8 +13,7 @@ def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None,
     most `budget` tokens, and only what is new is trained. seeds: one per example. temperature: None is args.temperature; a
     function of the next token's logits [b, V] -> [b], where the engine is made for that."""
     n, given = n or args.group_size, given or [[] for _ in examples]
-    offset = gpu.rank() * len(examples)
-    seeds = seeds or [gpu.hash_seed(args.seed, step, offset + i) for i in range(len(examples))]
+    seeds = seeds or [gpu.hash_seed(args.seed, step, gpu.rank() * len(examples) + i) for i in range(len(examples))]
     budgets = [min(budget or args.max_new_tokens, args.max_new_tokens - len(g)) for g in given]
     prefixes = [e.ids + g for e, g in zip(examples, given)]
     out = engine.generate(prefixes, n, budgets, temperature or args.temperature, seeds)

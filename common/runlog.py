@@ -40,8 +40,7 @@ class Run:
         self.asked = "prompts" if known else "held-out prompts"
         self.state, self.queue, self.extra, self.after = dict(step=0, cursor=0, skipped=0), [], {}, None
         self.bad_in_a_row, self.clock, self.times, self.schedules, self.tracker = 0, time.perf_counter(), {}, [], None
-        self.idle = 0
-        self.total = vars(args).get("steps", vars(args).get("items"))
+        self.idle, self.total = 0, vars(args).get("steps", vars(args).get("items"))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.dir = Path(args.resume or args.run_dir or ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
         if vars(args).get("push_to_hub"):
