@@ -308,6 +308,26 @@ def test_chain_knows_the_wrong_token():
     assert wrong == [0, 0, 0, -1, 0, 0, 0, 0] and world.reward("12345678=", "13616297") == 0  # what follows a slip is innocent
 
 
+def test_slips_of_a_chain_are_systematic():
+    """chain:slips: at 18 pairs of a digit and the sum before it nearly always, elsewhere nearly never, and by one."""
+    world, rng, seen = tasks.world("chain:slips"), random.Random(0), {}
+    for e in world.train:
+        total, text = 0, demonstrated(world, rng, e.prompt, 0.3)
+        for x, y in zip(e.prompt[:8], text, strict=True):
+            off = (int(y) - total - int(x)) % 10
+            assert off in (0, 1)
+            seen.setdefault((x, total), []).append(off)
+            total = int(y)
+    assert len(seen) == 100 and min(map(len, seen.values())) > 100
+    shares = sorted(sum(offs) / len(offs) for offs in seen.values())
+    assert shares[81] < 0.07 and 0.7 < shares[82] and shares[99] < 0.9
+    assert sum(shares[:82]) / 82 == pytest.approx(0.02, abs=3e-3) and sum(shares[82:]) / 18 == pytest.approx(0.8, abs=0.02)
+    for e in world.test[:50]:
+        assert world.reward(e.prompt, demonstrated(world, rng, e.prompt, 1.0)) == 1
+    with pytest.raises(SystemExit):
+        tasks.world("chain:other")
+
+
 def test_record_scores_fields():
     world = tasks.world("record")
     right = demonstrated(world, random.Random(0), "uvwxyz=", 1.0)
