@@ -264,10 +264,9 @@ def make_engine(policy, heads, tokenizer, marks, args):
     """The engine that samples latents; where the limit ends them, the end mark is fed as well, but was not drawn."""
     from common.thoughts import Thinker
 
-    args.thoughts, H = args.most_steps, heads.mu.in_features
-    engine = Thinker(policy, tokenizer, args, None, numbers=1 + H, m=H, layer="normed", forced=([], marks[1:]))
-    engine.think = lambda h, embedding, noise, args: think(h, embedding, noise, heads, marks)
-    return engine
+    one, H = lambda h, embedding, noise, args: think(h, embedding, noise, heads, marks), heads.mu.in_features
+    most, forced = args.most_steps, ([], marks[1:])
+    return Thinker(policy, tokenizer, args, one, most, numbers=1 + H, m=H, layer="normed", forced=forced)
 
 
 def replay(mb, args):

@@ -404,9 +404,7 @@ def make_engine(policy, tokenizer, args):
     from common.thoughts import Thinker
 
     w = entries(policy.lm.config.vocab_size, args)
-    engine = Thinker(policy, tokenizer, args, think, numbers=2 * w, m=2 * w)
-    engine.on = args.thoughts > 0 and args.traces != 1
-    return engine
+    return Thinker(policy, tokenizer, args, think, args.thoughts * (args.traces != 1), numbers=2 * w, m=2 * w)
 
 
 def readings(engine, evaluate, args):
@@ -414,7 +412,7 @@ def readings(engine, evaluate, args):
     from dataclasses import replace
 
     found = evaluate(args)
-    if engine.on and args.sampler == "mts" and args.ratio == "code":
+    if engine.most and args.sampler == "mts" and args.ratio == "code":
         engine.args = replace(args, ratio="paper")
         whole = evaluate(replace(args, eval_samples=0))
         engine.args, found["greedy_divided"] = args, found["greedy_accuracy"]

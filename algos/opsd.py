@@ -309,13 +309,14 @@ def train(args):
     from common.batch import Meter, minibatches, read
 
     args, config, device = settings.prepare(__file__, args)
-    tokenizer = models.load_tokenizer(args, warm := sums(args))
+    warm, frozen = sums(args), args.beta > 0 or args.teacher == "fixed"
+    tokenizer = models.load_tokenizer(args, warm)
     task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt, args.reward)
     told, told_ids, context = hints(task, tokenizer, config, args)
-    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(args.beta > 0 or args.teacher == "fixed"))
+    run = runlog.Run(__file__, args, config, tokenizer, context, frozen=int(frozen))
     policy = gpu.shard(models.load(args, device, warm=warm))
-    reference = gpu.shard(models.load(args, device, trainable=False, warm=warm)) if args.beta > 0 else None
-    teacher = policy if args.teacher == "live" else reference or gpu.shard(models.load(args, device, False, warm=warm))
+    begin = gpu.shard(models.load(args, device, trainable=False, warm=warm)) if frozen else None
+    reference, teacher = begin if args.beta > 0 else None, begin if args.teacher == "fixed" else policy
     optimizer = gpu.make_optimizer(policy, args)
     run.restore(policy, optimizer)
     engine = engines.make_engine(policy, tokenizer, args, context)

@@ -263,14 +263,13 @@ def readings(engine, evaluate):
 
 def make_engine(policy, tokenizer, args):
     """The engine that samples thoughts. After the marker's first token its others are fed, after the last thought all of it."""
-    from common import encoding
+    from common import encoding, gpu, models
     from common.thoughts import Thinker
 
     (marker,) = encoding.tokenize([args.marker], tokenizer, "--marker", add_special_tokens=False)
-    engine = Thinker(policy, tokenizer, args, None, numbers=args.top_k, m=2 * args.top_k, forced=(marker[1:], marker))
-    closing = torch.tensor([*engine.end, *marker[:1]], device=engine.device)
-    engine.think = lambda z, embedding, u, args: think(z, embedding, u, closing, args)
-    return engine
+    closing = torch.tensor([*models.end_tokens(policy.lm, tokenizer), *marker[:1]], device=gpu.device())
+    one, k = lambda z, embedding, u, args: think(z, embedding, u, closing, args), args.top_k
+    return Thinker(policy, tokenizer, args, one, args.thoughts, numbers=k, m=2 * k, forced=(marker[1:], marker))
 
 
 def replay(mb, args):

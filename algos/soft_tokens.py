@@ -31,6 +31,7 @@ only, and learn by the answer.
 Family: latent
 Differs from rloo.py in: warmup_steps, lr_schedule, format_reward, surrogate, token_weights, mean_thought, thought_logp,
     deviation, think, make_engine, replay, train
+Same as soft_grpo.py: readings
 Measures: readings, measure
 Costs: a vector as wide as an embedding for every thought, in float32, and the whole vocabulary's mean there and in training;
        decoding by transformers, since vLLM feeds tokens alone. The evaluation reads the policy twice, softly and in tokens
@@ -213,10 +214,9 @@ def think(z, embedding, u, closing, sigma, args):
 
 
 def readings(engine, evaluate):
-    """evaluate() with thoughts as they are trained, and discrete_...: of the same policy in tokens."""
-    on, values = engine.on, evaluate()
-    engine.on = False
-    tokens, engine.on = evaluate(), on
+    """evaluate() with thoughts, and discrete_...: of the same policy in tokens."""
+    values, engine.on = evaluate(), False
+    tokens, engine.on = evaluate(), True
     return values | {f"discrete_{k.removeprefix('greedy_')}": v for k, v in tokens.items() if k != "prompts"}
 
 
@@ -246,17 +246,14 @@ def measure(meter, policy, batch, args, how):
 
 def make_engine(policy, tokenizer, args, sigma):
     """The engine that samples thoughts. After the marker's first token its others are fed, after the last thought all of it."""
-    from common import encoding
+    from common import encoding, gpu, models
     from common.thoughts import Thinker
 
     texts, H = [args.marker, args.prefill], policy.lm.config.hidden_size
     marker, prefill = encoding.tokenize(texts, tokenizer, "--marker, --prefill", add_special_tokens=False)
-    forced = (marker[1:] + prefill, marker + prefill)
-    engine = Thinker(policy, tokenizer, args, None, numbers=H, m=H, forced=forced)
-    closing = torch.tensor([*engine.end, *marker[:1]], device=engine.device)
-    engine.think = lambda z, embedding, u, args: think(z, embedding, u, closing, sigma, args)
-    engine.on = args.cot != "hard" and args.thoughts > 0
-    return engine
+    closing = torch.tensor([*models.end_tokens(policy.lm, tokenizer), *marker[:1]], device=gpu.device())
+    one, most = lambda z, embedding, u, args: think(z, embedding, u, closing, sigma, args), args.thoughts * (args.cot != "hard")
+    return Thinker(policy, tokenizer, args, one, most, numbers=H, m=H, forced=(marker[1:] + prefill, marker + prefill))
 
 
 def replay(mb, args, sigma):

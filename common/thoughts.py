@@ -6,7 +6,7 @@ from common.engines import HF
 
 
 class Thinker(HF):
-    """An engine whose completions begin with up to args.thoughts thoughts. What is fed for one is the script's:
+    """An engine whose completions begin with at most `most` thoughts. What is fed for one is the script's:
 
     think(z, embedding, noise, args) -> (fed [b, H], shown [b], record [b, m], logp [b], closes [b] bool), with z [b, V] the
     logits at the temperature of sampling, or, where `layer` is given, the hidden states there, [b, H] (see policy.recorded);
@@ -20,10 +20,10 @@ class Thinker(HF):
 
     name = "thinker"
 
-    def __init__(self, policy, tokenizer, args, think, numbers, m, layer=None, forced=((), ())):
+    def __init__(self, policy, tokenizer, args, think, most, numbers, m, layer=None, forced=((), ())):
         super().__init__(policy, tokenizer, stop=args.stop)
-        self.args, self.think, self.numbers, self.m, self.layer, self.forced = args, think, numbers, m, layer, forced
-        self.layers, self.on, self.given = () if layer is None else (layer,), True, []
+        self.args, self.think, self.most, self.numbers, self.m, self.forced = args, think, most, numbers, m, forced
+        self.layer, self.layers, self.on, self.given = layer, () if layer is None else (layer,), True, []
 
     def generate(self, prefixes, n, max_new_tokens, temperature, seeds):
         """As HF's. What stands beside the tokens is kept until the next call, for attach()."""
@@ -44,7 +44,7 @@ class Thinker(HF):
     def _sampler(self, decoder, streams, limit, temperature):
         plain, device = super()._sampler(decoder, streams, limit, temperature), self.device
         B, T, each = len(limit), int(limit.max()), len(limit) // len(streams)
-        most = limit.clamp(max=self.args.thoughts if self.on else 0)
+        most = limit.clamp(max=self.most if self.on else 0)
         wide = torch.promote_types(decoder.lm.dtype, torch.float32)
         given, forced = torch.zeros(B, T, 2 + self.m, dtype=wide, device=device), torch.full((B, 2 * T), -1, device=device)
         thinking, embedding = most > 0, decoder.lm.get_input_embeddings()

@@ -41,11 +41,11 @@ EXCEPTIONS = {
     "training_free_grpo": (396, 84, "no gradient: a third of it is what is gone; texts are learnt, by two ways to ask a model"),
     "gdpo": (104, 28, "a model of another kind: masks and likelihoods of whole canvases, and without the flags of an engine"),
     "unmasking_policy": (165, 40, "the language model is the environment: a network of its own, a sampler, and 14 flags less"),
-    "opsd": (64, 22, "a teacher with prompts of its own: a second reading, and a frozen start"),
-    "soft_grpo": (70, 20, "actions of another kind: what is fed of a thought, its density, and the pass that feeds it again"),
-    "soft_tokens": (82, 20, "a thought is a vector: fed, shown and kept by one function, and read again by another's density"),
-    "cot2": (164, 27, "two stages, supervised and RL; thoughts that are fed, drawn in two ways, and seen again"),
-    "atp_latent": (256, 50, "a curriculum of its own before the RL: heads, a decoder, four losses, gradients through latents"),
+    "opsd": (65, 23, "a teacher with prompts of its own: a second reading, and a frozen start"),
+    "soft_grpo": (69, 20, "actions of another kind: what is fed of a thought, its density, and the pass that feeds it again"),
+    "soft_tokens": (79, 20, "a thought is a vector: fed, shown and kept by one function, and read again by another's density"),
+    "cot2": (162, 27, "two stages, supervised and RL; thoughts that are fed, drawn in two ways, and seen again"),
+    "atp_latent": (255, 50, "a curriculum of its own before the RL: heads, a decoder, four losses, gradients through latents"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),
 }
 

@@ -262,7 +262,8 @@ def test_the_reading_in_tokens_is_the_plain_engine_s(start):
         a.cot = cot
         engine = soft_tokens.make_engine(start.policy, start.tokenizer, a, start.sigma)
         found = soft_tokens.readings(engine, partial(rollout.evaluate, engine, scorer, start.tokenizer, start.task, a))
-        assert engine.on == (cot == "soft") and found["discrete_accuracy"] == plain["greedy_accuracy"]
+        assert engine.on and engine.most == (7 if cot == "soft" else 0)
+        assert found["discrete_accuracy"] == plain["greedy_accuracy"]
         assert all(found[f"discrete_{k}"] == plain[k] for k in ("avg@4", "pass@4")) and found["prompts"] == 24
         assert (found["avg@4"] == plain["avg@4"]) == (cot == "hard") and "discrete_prompts" not in found
 

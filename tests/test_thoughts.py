@@ -45,7 +45,7 @@ def replay(mb, args):
 def engine(tiny, a, thoughts=4, marker=-1, **more):
     tokenizer, policy, _ = tiny
     a.thoughts, a.marker, a.stop = thoughts, marker, ()
-    return Thinker(policy, tokenizer, a, think, numbers=K, m=2 * K, **more)
+    return Thinker(policy, tokenizer, a, think, a.thoughts, numbers=K, m=2 * K, **more)
 
 
 def rollouts(tiny, a, e, n=6):
@@ -161,7 +161,7 @@ def test_hidden_states_may_be_thought_from(tiny):
         said.append(h)
         return h, torch.full((len(h),), 7), h, h.sum(-1), torch.zeros(len(h)).bool()
 
-    e = Thinker(policy, tiny[0], a, hidden, numbers=1, m=96, layer="normed")
+    e = Thinker(policy, tiny[0], a, hidden, 2, numbers=1, m=96, layer="normed")
     e.generate([task.train[0].ids], 2, 6, 1.0, [3])
     with torch.no_grad():
         x = policy.lm.get_input_embeddings()(torch.tensor([task.train[0].ids]))
