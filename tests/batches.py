@@ -45,3 +45,20 @@ def ragged_batch(groups=(0, 0, 1, 1, 1, 2, 0), lengths=(9, 1, 30, 5, 5, 0, 22), 
         attention[i, S0 - prompts[group] : S0] = True
     attention[:, S0:] = mask
     return ids, attention, mask
+
+
+def heard(engine, scorer, start, prompts, args):
+    """A rollout of a start's first prompts by a Thinker -> the Batch with what it attaches, and what generate() gave, whose
+    log-probs are in the model's own precision."""
+    said, plain = [], engine.generate
+    engine.generate = lambda *given: said.extend(plain(*given)) or said
+    batch = rollout.collect(engine, scorer, start.tokenizer, start.task.train[:prompts], args, 0)
+    engine.attach(batch)
+    engine.generate = plain
+    return batch, said
+
+
+def chain_scorer(texts, prompts):
+    """For what was asked on the task chain."""
+    right = [str(sum(map(int, prompt[:8])) % 10) for prompt in prompts]
+    return list(texts), [float(len(t) == 8 and t[7] == r) for t, r in zip(texts, right)]

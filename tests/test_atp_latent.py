@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from algos import atp_latent
-from common import UserError, models, rollout, settings
+from common import UserError, models, settings
 from common.batch import Meter, read
+from tests.batches import heard
 from tests.helpers import ROOT, checkpoints, lines, run
 
 SCRIPT = ROOT / "algos" / "atp_latent.py"
@@ -30,7 +31,7 @@ def worked(**changes):
     return [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in values.values()]
 
 
-@pytest.fixture(scope="module", params=["float32", "float64"])
+@pytest.fixture(scope="module", params=["float64"])
 def parts(request):
     """A model that has learnt nothing, its heads and decoder."""
     a = args(dtype=request.param)
@@ -46,18 +47,10 @@ def parts(request):
 
 def rollouts(p, n=16, **changes):
     """-> the batch of a rollout, and the log-probs that the engine gave, in its own precision."""
-    a, (policy, heads, decoder), said = replace(p.a, **changes), p.all, []
+    a, (policy, heads, decoder) = replace(p.a, **changes), p.all
     engine = atp_latent.make_engine(policy, heads, p.tokenizer, p.marks, a)
-    real = engine.generate
-
-    def generate(*x):
-        said.extend(real(*x))
-        return said
-
-    engine.generate = generate
     scorer = lambda texts, golds: (list(texts), [float(t == g) for t, g in zip(texts, golds)])  # noqa: E731
-    batch = rollout.collect(engine, scorer, p.tokenizer, p.task.train[:n], a, 0)
-    engine.attach(batch)
+    batch, said = heard(engine, scorer, p, n, a)
     atp_latent.scored(batch, decoder, p.tokenizer, a)
     logp = torch.zeros(batch.mask.shape, dtype=torch.float64)
     for row, (_, found, _) in zip(logp, said):
@@ -181,6 +174,7 @@ def test_log_variance_is_bounded_or_fixed():
     assert all(torch.equal(a, b) for a, b in zip(*(atp_latent.Heads(8, args()).parameters() for _ in range(2))))
 
 
+@pytest.mark.parametrize("parts", ["float32", "float64"], indirect=True)
 def test_the_training_pass_sees_what_was_fed(parts):
     a, batch, said = rollouts(parts)
     assert len(batch.ids) == 128
@@ -288,8 +282,6 @@ def slow_losses(p, row, noise):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_losses_of_a_batch_are_those_of_its_rows(parts, k):
     """Value and gradient: questions and steps of other lengths, latents beyond a question's steps, which nothing sees."""
-    if parts.a.dtype == "float32":
-        pytest.skip("once, in float64")
     rng, two = random.Random(0), [e for e in parts.task.train if len(e.prompt) == 4][:2]
     some = [*two, *[e for e in parts.task.train if len(e.prompt) == 5][:2]]
     rows = [(e.ids, atp_latent.cut(parts.task.demonstrate(rng, e, 1.0), parts.a)) for e in some]
@@ -311,10 +303,9 @@ def test_losses_of_a_batch_are_those_of_its_rows(parts, k):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("parts", ["float32"], indirect=True)
 def test_the_curriculum_replaces_one_step_more_at_a_time(parts, monkeypatch):
     """What is trained, with what: k over the updates, hurried demonstrations, weights; every flag of it changes the outcome."""
-    if parts.a.dtype == "float64":
-        pytest.skip("once")
     seen, real = [], atp_latent.sft_losses
 
     def losses(parts, rows, noise, marks, tokenizer):

@@ -8,6 +8,8 @@ import torch
 from algos import soft_grpo
 from common import UserError, engines, models, rollout, settings, tasks
 from common.batch import Meter, read
+from tests.batches import chain_scorer as scorer
+from tests.batches import heard
 from tests.helpers import ROOT, checkpoints, lines, run
 
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -173,10 +175,6 @@ def test_one_entry_is_no_choice():
 # ---------------------------------------------------------------- rollout and training pass
 
 
-def scorer(texts, gold):
-    return list(texts), [float(len(t) == 8 and t[7] == str(sum(map(int, q[:8])) % 10)) for t, q in zip(texts, gold)]
-
-
 def begin(dtype="float32"):
     """args, tokenizer, policy, task of the default's start."""
     a = soft_grpo.Args(task="chain:slips", dtype=dtype, group_size=8, max_new_tokens=28, micro_batch_tokens=256, thoughts=7,
@@ -190,12 +188,8 @@ def begin(dtype="float32"):
 def sampled(start, prompts=16, **changes):
     """-> batch, args, what the engine's generate() gave, the engine."""
     a = soft_grpo.Args(**vars(start.args) | changes)
-    engine, said = soft_grpo.make_engine(start.policy, start.tokenizer, a), []
-    plain = engine.generate
-    engine.generate = lambda *given: said.extend(plain(*given)) or said
-    batch = rollout.collect(engine, scorer, start.tokenizer, start.task.train[:prompts], a, 0)
-    engine.attach(batch)
-    engine.generate = plain
+    engine = soft_grpo.make_engine(start.policy, start.tokenizer, a)
+    batch, said = heard(engine, scorer, start, prompts, a)
     return batch, a, said, engine
 
 

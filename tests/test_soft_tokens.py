@@ -11,6 +11,8 @@ from algos import rloo, soft_tokens
 from common import UserError, engines, models, rollout, settings, tasks
 from common.batch import Meter, read
 from tests import parts
+from tests.batches import chain_scorer as scorer
+from tests.batches import heard
 from tests.card import example
 from tests.helpers import ROOT, checkpoints, lines, run
 
@@ -118,10 +120,6 @@ def test_nothing_is_drawn_of_what_closes():
 # ---------------------------------------------------------------- rollout and training pass
 
 
-def scorer(texts, gold):
-    return list(texts), [float(len(t) == 8 and t[7] == str(sum(map(int, q[:8])) % 10)) for t, q in zip(texts, gold)]
-
-
 def begin(dtype="float32"):
     """args, tokenizer, policy, task, sigma of the default's start."""
     a = args(task="chain:slips", dtype=dtype, group_size=8, max_new_tokens=28, micro_batch_tokens=256, thoughts=7, marker="",
@@ -136,11 +134,8 @@ def sampled(start, prompts=16, **changes):
     """-> batch, args, what the engine's generate() gave, replay with args and sigma."""
     a = args(**vars(start.args) | changes)
     sigma = soft_tokens.deviation(start.policy.lm.get_input_embeddings().weight, a)
-    engine, said = soft_tokens.make_engine(start.policy, start.tokenizer, a, sigma), []
-    plain = engine.generate
-    engine.generate = lambda *given: said.extend(plain(*given)) or said
-    batch = rollout.collect(engine, scorer, start.tokenizer, start.task.train[:prompts], a, 0)
-    engine.attach(batch)
+    engine = soft_tokens.make_engine(start.policy, start.tokenizer, a, sigma)
+    batch, said = heard(engine, scorer, start, prompts, a)
     return batch, a, said, lambda mb, args: soft_tokens.replay(mb, args, sigma)
 
 
