@@ -210,13 +210,9 @@ def test_short_pairs_stay_however_long_a_response_may_be(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["arc_agi", "rearc", "calendar_arithmetic"])
-def test_an_entry_s_own_answer_is_right(name, monkeypatch):
+def test_an_entry_s_own_answer_is_right(name, gym_of):
     """In a worker, to which entries go as text: tuples and dates must survive it."""
-    from common.worlds import reasoning_gym as world
-
-    monkeypatch.setattr(world, "N_TRAIN", 4)
-    monkeypatch.setattr(world, "HELD_OUT", 2)
-    world._data.cache_clear()
+    world = gym_of(train=4, test=2)
     made, entries = world.task(name), list(world._data(name))
     world._data.cache_clear()
     scorer = rewards.Scorer(made.check, timeout_s=60, workers=1)

@@ -427,19 +427,10 @@ def test_chat_template():
 # ---------------------------------------------------------------- reasoning-gym
 
 
-def chain_sum(monkeypatch, train, test):
-    from common.worlds import reasoning_gym as world
-
-    monkeypatch.setattr(world, "N_TRAIN", train)
-    monkeypatch.setattr(world, "HELD_OUT", test)
-    world._data.cache_clear()
-    return world.task("chain_sum")
-
-
-def test_reasoning_gym(monkeypatch):
+def test_reasoning_gym(gym_of):
     import reasoning_gym as gym
 
-    task = chain_sum(monkeypatch, train=30, test=10)
+    task = gym_of(train=30, test=10).task("chain_sum")
     assert len(task.train) == 30 and len(task.test) == 10 and task.name == "reasoning_gym:chain_sum"
     assert not {e.prompt for e in task.train} & {e.prompt for e in task.test}
     entry = gym.create_dataset("chain_sum", size=40, seed=0)[0]
@@ -456,9 +447,9 @@ def test_reasoning_gym(monkeypatch):
         tasks.load("reasoning_gym:chain_sums")
 
 
-def test_reasoning_gym_is_imported_off_the_clock(monkeypatch):
+def test_reasoning_gym_is_imported_off_the_clock(gym_of):
     """The library's import takes a second or more on a loaded machine; the deadline of a check must not pay for it."""
-    task = chain_sum(monkeypatch, train=4, test=2)
+    task = gym_of(train=4, test=2).task("chain_sum")
     scorer = rewards.Scorer(task.check, timeout_s=0.25, workers=1)
     right = task.test[0].answer.partition(": ")[2]
     assert scorer([f"\\boxed{{{right}}}"], [task.test[0].answer])[1] == [1.0] and scorer.timeouts == 0
