@@ -159,6 +159,7 @@ def _key(module):
 
 
 def _shape(config):
+    config = config.get_text_config()
     return f"{config.model_type} {config.num_hidden_layers} x {config.hidden_size}, vocabulary {config.vocab_size}"
 
 

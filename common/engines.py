@@ -5,11 +5,11 @@ import copy
 import importlib.util
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from common import UserError, gpu
-from common.models import end_tokens
-from common.policy import recorded
+from common.models import auto, end_tokens
+from common.policy import body, recorded
 from common.vllm_engine import VLLM
 
 
@@ -41,29 +41,34 @@ class Decoder:
     """A causal language model that is stepped: prefixes are read at once, n rows each, then every feed() is one more position.
 
     logits [b, V]: of the next token, of the rows that are there; rows [b]: their numbers (prefix i has n i to n i + n - 1);
-    states {layer: [b, H]}: hidden states at the last position read, of the `layers` asked for (see policy.recorded)."""
+    states {layer: [b, H]}: hidden states at the last position read, of the `layers` asked for (see policy.recorded).
+    pictures: a vision.Pictures, what ids below -1 stand for; tokens that would stand for one are never drawn then."""
 
-    def __init__(self, lm, prefixes, n=1, pad=0, layers=()):
+    def __init__(self, lm, prefixes, n=1, pad=0, layers=(), pictures=None):
         width, self.lm, self.device, self.layers = max(map(len, prefixes)), lm, lm.device, layers
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prefixes], device=self.device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=self.device)
-        self.attention, self.cache = attention, DynamicCache(config=lm.config)
-        self._read(input_ids=ids)
+        self.attention, self.cache, self.barred = attention, DynamicCache(config=lm.config), getattr(pictures, "barred", None)
+        self.ahead = torch.zeros_like(attention[:, :1])  # positions that are left out behind a picture, below 0
+        first = pictures(lm, ids, attention.bool()) if pictures else dict(input_ids=ids)
+        self._read(**first)
+        if pictures:
+            self.ahead = first["position_ids"].amax((0, 2))[:, None] + 1 - attention.sum(1, keepdim=True)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
-        self.attention, self.logits = attention.repeat_interleave(n, 0), self.logits.repeat_interleave(n, 0)
+        self.attention, self.logits, self.ahead = (x.repeat_interleave(n, 0) for x in (attention, self.logits, self.ahead))
         self.states = {layer: x.repeat_interleave(n, 0) for layer, x in self.states.items()}
         self.rows = torch.arange(len(self.logits), device=self.device)
 
-    def _read(self, every=False, **ids):
+    def _read(self, every=False, **fed):
         """ids or embeddings [b, k, ...], behind what was read -> logits of the last position, or of every one."""
-        k = next(iter(ids.values())).shape[1]
-        positions = (self.attention.cumsum(1) - 1).clamp(min=0)[:, -k:]
+        k = next(iter(fed.values())).shape[1]
+        fed = dict(position_ids=(self.attention.cumsum(1) - 1).clamp(min=0)[:, -k:] + self.ahead) | fed
         with recorded(self.lm, self.layers) as states:
-            logits = self.lm(
-                **ids, attention_mask=self.attention, position_ids=positions, past_key_values=self.cache, use_cache=True,
-                logits_to_keep=k if every else 1,
-            ).logits  # fmt: skip
+            hidden = body(self.lm)(**fed, attention_mask=self.attention, past_key_values=self.cache, use_cache=True)
+            logits = self.lm.lm_head(hidden.last_hidden_state[:, -k if every else -1 :])
+        if self.barred:
+            logits[:, :, self.barred] = -torch.inf
         self.logits, self.states = logits[:, -1], {layer: x[:, -1] for layer, x in states.items()}
         return logits
 
@@ -79,7 +84,9 @@ class Decoder:
     def keep(self, index):
         """Goes on with the rows at these places [b'], in this order; a place may come more than once."""
         self.cache.batch_select_indices(index)
-        self.rows, self.attention, self.logits = self.rows[index], self.attention[index], self.logits[index]
+        self.rows, self.attention, self.logits, self.ahead = (
+            x[index] for x in (self.rows, self.attention, self.logits, self.ahead)
+        )
         self.states = {layer: x[index] for layer, x in self.states.items()}
 
     def crop(self, k):
@@ -101,7 +108,7 @@ class HF:
         self.lm = policy.lm
         if gpu.world() > 1:
             config, dtype = copy.deepcopy(policy.lm.config), next(policy.parameters()).dtype
-            self.lm = AutoModelForCausalLM.from_config(config, dtype=dtype).to(self.device)
+            self.lm = auto(config).from_config(config, dtype=dtype).to(self.device)
             self.sync()
 
     def sync(self):
@@ -154,7 +161,7 @@ class HF:
         uniform = (uniform.float() if self.device.type == "mps" else uniform).to(self.device)
         limit, end = torch.tensor(budgets).repeat_interleave(n).to(self.device), torch.tensor(self.end, device=self.device)
         tokens, logp = torch.full((B, T), pad, device=self.device), torch.zeros_like(uniform)
-        lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad, self.layers)
+        lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad, self.layers, self.policy.pictures)
         ended, step = limit > limit, self._sampler(decoder, streams, limit, temperature)
         t, going, fed = 0, (limit > 0).nonzero().squeeze(-1), decoder.rows
         while len(going):

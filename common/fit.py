@@ -3,19 +3,22 @@
 import torch
 
 from common import reason
-from common.policy import recorded
+from common.policy import body, recorded
 
 
-def unfit(lm, config):
-    """Why Policy cannot train what a config describes, or None."""
-    layers = set(getattr(config, "layer_types", None) or ())
-    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
-        return "reads images or sound, which no script gives it"
+def unfit(lm, config, sees=False):
+    """Why Policy cannot train what a config describes, or None. `sees`: whether the script gives it pictures."""
+    layers, eyes = set(getattr(config.get_text_config(), "layer_types", None) or ()), hasattr(config, "vision_config")
+    if hasattr(config, "audio_config") or eyes > sees:
+        return "reads images or sound, which this script does not give it"
+    if eyes < sees:
+        return "reads no pictures, which this script is about"
     if getattr(lm, "_is_stateful", False) or layers - {"full_attention", "sliding_attention", "chunked_attention"}:
         return "has recurrent layers, which cannot be sampled by rows that come and go"
     if getattr(getattr(lm, "lm_head", None), "bias", None) is not None:
         return "has a head with a bias, which Policy does not add"
-    if not all(hasattr(getattr(lm, "model", None), part) for part in ("layers", "norm")) or not hasattr(lm, "lm_head"):
+    whole = hasattr(lm, "lm_head") and hasattr(lm, "model")
+    if not whole or not all(hasattr(body(lm), part) for part in ("layers", "norm")):
         return "is none that Policy knows"
     return None
 

@@ -126,7 +126,7 @@ def shard(policy):
 
     mesh = init_device_mesh(device().type, (world(),))
     precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(next(policy.parameters()).dtype, torch.float32))
-    layers = policy.lm.model.layers if hasattr(policy, "lm") else ()
+    layers = policy.body.layers if hasattr(policy, "lm") else ()
     for module in (*layers, policy):
         fully_shard(module, mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)

@@ -16,7 +16,7 @@ def memory_plan(config, args, n_parameters, context, trained=1, frozen=0, capaci
     that the script holds with and without gradients, shared out over the ranks. Activations of a micro-batch: what a layer
     keeps of a token, in its weights' numbers, is 15 hidden widths (two norms, in float32, 8; attention 7) and 4 inner widths;
     with checkpointing only the input of every layer, and one open layer."""
-    ranks = ranks or gpu.world()
+    ranks, config = ranks or gpu.world(), config.get_text_config()
     size = getattr(torch, args.dtype).itemsize
     H, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
     head = getattr(config, "head_dim", None) or H // config.num_attention_heads

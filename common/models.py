@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import AutoModelForImageTextToText
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
@@ -59,6 +60,11 @@ def _fetch(loader, name, **kwargs):
         raise UserError(f"model {name} could not be had from the hub ({reason(error)}); {advice}") from None
 
 
+def auto(config):
+    """What makes the model that a config describes."""
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
 def _described(name):
     """A hub id or folder -> (config, what else from_pretrained has to be told)."""
     with contextlib.suppress(Exception):  # _fetch says what is wrong
@@ -75,17 +81,18 @@ def architecture(args, warm=None):
     logging.set_verbosity_error()
     name = locate(args.model)
     if name in tiny.SHAPES:
-        config = tiny.config(name, tasks.warmed(warm, tasks.source(args)))
+        world = tasks.warmed(warm, tasks.source(args))
+        config = ((world and world.makers) or tiny).config(name, world)
     else:
         config, _ = _described(name)
     try:
         with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
+            lm = auto(config).from_config(config)
     except ValueError:  # no language model
         lm = None
     except Exception as error:  # a field that its code cannot do with
         raise UserError(f"model {args.model}: transformers cannot build what its config describes ({reason(error)})") from None
-    if why := fit.unfit(lm, config):
+    if why := fit.unfit(lm, config, getattr(args, "sees", False)):
         raise UserError(f"model {args.model}: the architecture {config.model_type} {why}; Qwen, Llama and their like will do")
     return config, sum(p.numel() for p in lm.parameters())
 
@@ -100,7 +107,7 @@ def _folder(args, warm, fresh):
     if not world or world.demonstrate is None:
         known = tasks.worlds_with("demonstrations")
         raise UserError(f"the tiny model is warm-started on a built-in task ({known}); for {source} give --model")
-    return tiny.warm_start(world, name, fresh=fresh)
+    return (world.makers or tiny).warm_start(world, name, fresh=fresh)
 
 
 def load_tokenizer(args, warm=None, fresh=False):
@@ -143,12 +150,12 @@ def load(args, device, trainable=True, warm=None, denoiser=False, fresh=False):
     if denoiser != (getattr(config, "is_causal", True) is False):
         which = ("a causal model", "one that sees all positions (is_causal=False)")
         raise UserError(f"model {args.model} is {which[not denoiser]}; this script needs {which[denoiser]}")
-    lm, told = _fetch(AutoModelForCausalLM, name, **dtype, output_loading_info=True, **more)
+    lm, told = _fetch(auto(config), name, **dtype, output_loading_info=True, **more)
     if missing := sorted(told["missing_keys"]):  # transformers would make them up
         raise UserError(f"model {args.model}: {len(missing)} of its weights are in no file, the first of them {missing[0]}")
     if fresh:
         torch.manual_seed(args.seed)
-        lm = AutoModelForCausalLM.from_config(lm.config, **dtype)
+        lm = auto(config).from_config(lm.config, **dtype)
     lm.config.use_cache = True
     for module in lm.modules():  # no ratio would be 1 on policy
         for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or "jitter" in n or n == "p")]:
@@ -159,7 +166,7 @@ def load(args, device, trainable=True, warm=None, denoiser=False, fresh=False):
         ends = lm.generation_config.eos_token_id
         lm.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=lm.config.pad_token_id)
     with torch.device("meta"):  # loading forgets what a model freezes: a bias that balances its experts
-        frozen = {n for n, p in AutoModelForCausalLM.from_config(lm.config).named_parameters() if not p.requires_grad}
+        frozen = {n for n, p in auto(config).from_config(lm.config).named_parameters() if not p.requires_grad}
     for name, weight in lm.named_parameters():
         weight.requires_grad_(trainable and not args.lora_rank and name not in frozen)
     if trainable and args.lora_rank:
@@ -171,7 +178,8 @@ def load(args, device, trainable=True, warm=None, denoiser=False, fresh=False):
             names = [n.strip() for n in names.split(",")]
             if not known.issuperset(names):
                 raise UserError(f"--lora-targets {args.lora_targets}: the model's layers are {', '.join(sorted(known))}")
-        lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names), lm)
+        own = dict(target_modules=names, exclude_modules=".*visual.*" if hasattr(config, "vision_config") else None)
+        lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, **own), lm)
         if gpu.world() > 1 and any(hasattr(m, "parameter_name") for m in lm.modules()):
             raise UserError(f"model {args.model}: LoRA on experts that are one parameter works on one process only")
     if trainable and args.gradient_checkpointing:
@@ -204,8 +212,8 @@ def check_context(config, task, args):
         raise UserError(f"model {args.model}: its tokenizer makes no tokens of {which}")
     check_tokens([(e.ids, f"the prompt {e.prompt!r:.60} of task {task.name}") for e in task.train + task.test], config)
     context = len(longest.ids) + args.max_new_tokens
-    if context > config.max_position_embeddings:
+    if context > (most := config.get_text_config().max_position_embeddings):
         which = f"the longest prompt ({len(longest.ids)} tokens, {longest.prompt[:40]!r})"
-        needs = f"{context} positions; the model has {config.max_position_embeddings}"
+        needs = f"{context} positions; the model has {most}"
         raise UserError(f"{which} with --max-new-tokens {args.max_new_tokens} needs {needs}")
     return context

@@ -71,12 +71,17 @@ AttentionInterface.register("packed", _packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
+def body(lm):
+    """The part of a model that has its layers and the final norm: all but the head, and the eyes, where it has some."""
+    return getattr(lm.model, "language_model", lm.model)
+
+
 @contextlib.contextmanager
 def recorded(lm, layers):
     """Inside, a forward pass of `lm` writes hidden states [1 or b, positions, H] into the dictionary that this gives: 0 are the
     embeddings, l what layer l (counted from 1) hands on, the last one before the final norm; "normed": what the head reads."""
     states, handles = {}, []
-    places = dict(enumerate([*lm.model.layers, lm.model.norm])) | {"normed": lm.lm_head} if layers else {}
+    places = dict(enumerate([*body(lm).layers, body(lm).norm])) | {"normed": lm.lm_head} if layers else {}
     for layer in layers:
         def keep(module, inputs, layer=layer):
             states[layer] = inputs[0]
@@ -97,6 +102,7 @@ class Policy(nn.Module):
         `beside`, comes in their place, as [b, T] each; `given` [b, T, m]: what read gets instead of the targets, [n, m].
     layers: last of all the hidden states [b, T, H] of each of these depths (see recorded), of the position that a token is
         predicted from, or with at=True of its own. layer: the depth that the head reads, without the final norm.
+    pictures: what the ids below -1 stand for, a vision.Pictures, where there are some.
     thoughts (soft [b, T] bool, make): where soft, an embedding is fed for a token: make(embedding layer) -> [n, H], detached.
     states: nothing but the last hidden states, normed, [N, H], behind the N tokens of the mask.
     shift: a token is predicted from so many positions before it: 1; of a model whose config says is_causal=False, which sees
@@ -106,7 +112,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm):
         super().__init__()
-        self.lm, config = lm, lm.config
+        self.lm, self.pictures, config = lm, None, lm.config.get_text_config()
         kinds = getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ["full_attention"])
         self.packs = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "packed")
         self.packs = self.packs and lm._supports_attention_backend  # else packing would not reach the attention
@@ -115,6 +121,11 @@ class Policy(nn.Module):
         self.plain = config._attn_implementation
         if self.packs:
             lm.set_attn_implementation("packed")
+
+    @property
+    def body(self):
+        """See body()."""
+        return body(self.lm)
 
     def pad(self):
         """No packing from now on: padded batches, as transformers has them."""
@@ -132,14 +143,16 @@ class Policy(nn.Module):
             number, fed = packing.number, ids[packing.keep][None]
             inputs = dict(packing=packing, attention_mask=attention_mask.new_ones(1, 1, 1, 1), use_cache=False)
             inputs["position_ids"] = packing.positions[None]
-        if thoughts is None:
-            return self.lm.model(input_ids=fed, **inputs).last_hidden_state.flatten(0, 1), number
-        soft, make = thoughts
-        embedding = self.lm.get_input_embeddings()
-        x = embedding(fed)
-        made = make(embedding).detach().to(x.dtype)
-        x = x.flatten(0, 1).index_put((number[:, -T:][soft],), made).view(x.shape)
-        return self.lm.model(inputs_embeds=x, **inputs).last_hidden_state.flatten(0, 1), number
+        if self.pictures:
+            inputs |= self.pictures(self.lm, ids, attention_mask, packing and packing.keep)
+        elif thoughts is None:
+            inputs["input_ids"] = fed
+        else:
+            (soft, make), embedding = thoughts, self.lm.get_input_embeddings()
+            x = embedding(fed)
+            made = make(embedding).detach().to(x.dtype)
+            inputs["inputs_embeds"] = x.flatten(0, 1).index_put((number[:, -T:][soft],), made).view(x.shape)
+        return body(self.lm)(**inputs).last_hidden_state.flatten(0, 1), number
 
     def forward(self, ids, attention_mask, mask, temperature=1.0, read=None, beside=(), given=None, layers=None, at=False,
                 layer=None, thoughts=None, states=False):  # fmt: skip

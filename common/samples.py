@@ -29,4 +29,5 @@ def contrast(tokenizer, batch):
 
 def _prompt(tokenizer, batch, i):
     before = slice(0, -batch.mask.shape[1])
-    return tokenizer.decode(batch.ids[i, before][batch.attention_mask[i, before]], skip_special_tokens=True)
+    ids = batch.ids[i, before][batch.attention_mask[i, before]]
+    return tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)  # below stand pictures

@@ -15,7 +15,7 @@ from common import UserError, answers, rewards
 from common.encoding import fill, prompt_ids
 from common.tables import HELD_OUT, prompt_and_answer, read_hub, read_rows, split
 
-WORLDS = sorted(p.stem for p in (Path(__file__).parent / "worlds").glob("*.py") if p.stem not in ("__init__", "tiny"))
+WORLDS = sorted(p.stem for p in (Path(__file__).parent / "worlds").glob("*.py") if not p.stem.startswith(("__init__", "tiny")))
 CHAT_TEMPLATE = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
@@ -28,6 +28,7 @@ class Example:
     answer: str | tuple  # of several any is right
     ids: list = field(default_factory=list)  # token ids of the prompt, template included
     where: str = ""  # file and line
+    pictures: list = field(default_factory=list)  # see vision.encode
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Task:
     recipe: dict = field(default_factory=dict)  # what the warm start does otherwise (worlds.tiny.RECIPE)
     shape: dict = field(default_factory=dict)  # fields of the tiny model's config
     tokenizer: Callable | None = None  # () -> the tiny model's tokenizer; None: one token per character
+    makers: object = None  # module with config and warm_start of other tiny models than worlds.tiny's
     pair: Callable | None = None  # (rng, prompt) -> (chosen, rejected) or None, for preferences
     reward: Callable | None = None  # (prompt, text) -> the true reward
     worth: Callable | None = None  # (prompt, text) -> that of every character

@@ -76,8 +76,6 @@ def warm_start(task, name="tiny", cache=None, fresh=False):
     runs/cache (or $TOKENPO_CACHE) by what it is made of. Safe when two processes start at once: the first makes it, the other
     waits. `fresh`: without the training. Leaves the task's examples encoded. Raises UserError where the task has no
     demonstrations."""
-    from filelock import FileLock
-
     if task.demonstrate is None:
         raise UserError(f"the tiny model needs a task with demonstrations (addition, countdown); {task.name} has none")
     tokenizer = (task.tokenizer or characters)()
@@ -86,10 +84,24 @@ def warm_start(task, name="tiny", cache=None, fresh=False):
     for e, ids in zip(examples, tokenize(prompts, tokenizer, f"task {task.name}")):
         e.ids = ids
     recipe, shape = RECIPE | task.recipe | (UNTRAINED if fresh else {}), config(name, task)
+    train = _supervise if getattr(shape, "is_causal", True) else _denoise
+
+    def write(scratch):
+        lm = train(task, examples, tokenizer, recipe, shape)
+        gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
+        tokenizer.save_pretrained(scratch)
+
+    return stored(task, name, examples, recipe, shape, tokenizer, train, write, prompts, cache, fresh)
+
+
+def stored(task, name, examples, recipe, shape, tokenizer, train, write, seen, cache=None, fresh=False):
+    """The folder that write(folder) fills, once, by what its model is made of: recipe, shape, tokenizer, how `train` is
+    written, demonstrations of the task, and what is `seen` besides."""
+    from filelock import FileLock
+
     rng = random.Random(1)
     told = [task.demonstrate(rng, e, share) for e in rng.choices(examples, k=64) for share in (1.0, recipe["careful"])]
-    train = _supervise if getattr(shape, "is_causal", True) else _denoise
-    made_of = [recipe, shape.to_dict(), tokenizer.get_vocab(), torch.__version__, inspect.getsource(train), told, prompts]
+    made_of = [recipe, shape.to_dict(), tokenizer.get_vocab(), torch.__version__, inspect.getsource(train), told, seen]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:10]
     cache = Path(cache or os.environ.get("TOKENPO_CACHE") or ROOT / "runs" / "cache")
     folder = cache / f"{name}-{task.name.replace(':', '-').replace('/', '-')}-{key}"
@@ -105,10 +117,8 @@ def warm_start(task, name="tiny", cache=None, fresh=False):
                 if not fresh and not sys.stderr.isatty():  # where there is no bar to be seen
                     what = f"making a {name} model for {task.name}: supervised training of a minute or two, once"
                     print(f"{what} (then it lies in {cache})", flush=True)
-                lm = train(task, examples, tokenizer, recipe, shape)
                 with whole_folder(folder, "the warm-started model") as scratch:
-                    gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
-                    tokenizer.save_pretrained(scratch)
+                    write(scratch)
     return str(folder)
 
 
