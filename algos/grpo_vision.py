@@ -1,4 +1,4 @@
-"""GRPO with pictures. Shao et al., "DeepSeekMath", arXiv 2402.03300 (2024), for a model that reads pictures as well: Bai et al.,
+"""GRPO with pictures. Shao et al., "DeepSeekMath", arXiv 2402.03300 (2024), for a model that reads pictures: Bai et al.,
 "Qwen2.5-VL Technical Report", arXiv 2502.13923 (2025).
 
 Idea: the objective is GRPO's, word for word; what a completion answers is a question about a picture. A picture is cut into

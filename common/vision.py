@@ -31,7 +31,7 @@ class Processor:
 
     def patches(self, shown):
         """shown: a picture (path or array [H, W, 3]), or a video, the list or array of its frames -> (patches [n, dim],
-        grid [3]: times, rows, columns of patches, kind). A patch is of two frames: alike of a picture, consecutive of a video."""
+        grid [3]: times, rows, columns of patches, kind). A patch is of two frames, which of a picture are alike."""
         frames = [shown] if _kind(shown) == "image" else shown
         made = [self.image_processor(images=[_opened(frame)], return_tensors="pt") for frame in frames]
         pixels, grid = made[0]["pixel_values"], made[0]["image_grid_thw"][0].clone()
@@ -189,14 +189,14 @@ def encode(task, processor, prompt_template=None, system_prompt=None):
     def tokens(number):
         try:
             return pictures.tokens(number)
-        except Exception as error:  # of a file that is no picture
+        except (Exception, UserError) as error:  # of a file that is no picture
             return error
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(tokens, range(len(pictures.shown)))
     for e, place, ids in zip(examples, places, encoding.tokenize(texts, tokenizer, places, add_special_tokens=False)):
         own = [next(found) for _ in e.pictures]
-        if wrong := [x for x in own if isinstance(x, Exception)]:
+        if wrong := [x for x in own if not isinstance(x, list)]:
             raise UserError(f"{place}: a picture cannot be read ({reason(wrong[0])})")
         if (marks := sum(i in processor.special[:2] for i in ids)) != len(own):
             raise UserError(f"{place}: has {len(own)} pictures, and its prompt {marks} places for them")
@@ -211,14 +211,14 @@ def load_processor(args):
     name = tokenizer.name_or_path
     try:
         return Processor(tokenizer, AutoImageProcessor.from_pretrained(name), name)
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"model {args.model}: it has nothing that reads pictures ({reason(error)})") from None
 
 
 def load(args, processor):
     """-> (the task called args.task, with token ids, and its Pictures)."""
+    if args.task is None:
+        raise UserError("--task: give rows with image, prompt and answer: --task path/to/rows.jsonl")
     parse = functools.partial(row, os.path.dirname(args.task), args.prompt_template)
     task = tasks.load(args.task, reward=args.reward, parse=parse)
     return task, encode(task, processor, args.prompt_template, args.system_prompt)

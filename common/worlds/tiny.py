@@ -86,22 +86,22 @@ def warm_start(task, name="tiny", cache=None, fresh=False):
     recipe, shape = RECIPE | task.recipe | (UNTRAINED if fresh else {}), config(name, task)
     train = _supervise if getattr(shape, "is_causal", True) else _denoise
 
-    def write(scratch):
-        lm = train(task, examples, tokenizer, recipe, shape)
-        gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
-        tokenizer.save_pretrained(scratch)
-
-    return stored(task, name, examples, recipe, shape, tokenizer, train, write, prompts, cache, fresh)
+    made_of = [recipe, shape.to_dict(), tokenizer.get_vocab(), torch.__version__, inspect.getsource(train)]
+    made_of += [told(task, examples, recipe), prompts]
+    return stored(task, name, made_of, lambda: train(task, examples, tokenizer, recipe, shape), tokenizer, cache, fresh)
 
 
-def stored(task, name, examples, recipe, shape, tokenizer, train, write, seen, cache=None, fresh=False):
-    """The folder that write(folder) fills, once, by what its model is made of: recipe, shape, tokenizer, how `train` is
-    written, demonstrations of the task, and what is `seen` besides."""
+def told(task, examples, recipe):
+    """Some demonstrations, by which a warm start is known."""
+    rng = random.Random(1)
+    return [task.demonstrate(rng, e, share) for e in rng.choices(examples, k=64) for share in (1.0, recipe["careful"])]
+
+
+def stored(task, name, made_of, make, reader, cache=None, fresh=False):
+    """The folder of the model that make() gives, made once, under a key of what it is made_of; with it its `reader`, a
+    tokenizer or a vision.Processor."""
     from filelock import FileLock
 
-    rng = random.Random(1)
-    told = [task.demonstrate(rng, e, share) for e in rng.choices(examples, k=64) for share in (1.0, recipe["careful"])]
-    made_of = [recipe, shape.to_dict(), tokenizer.get_vocab(), torch.__version__, inspect.getsource(train), told, seen]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=str).encode()).hexdigest()[:10]
     cache = Path(cache or os.environ.get("TOKENPO_CACHE") or ROOT / "runs" / "cache")
     folder = cache / f"{name}-{task.name.replace(':', '-').replace('/', '-')}-{key}"
@@ -117,8 +117,10 @@ def stored(task, name, examples, recipe, shape, tokenizer, train, write, seen, c
                 if not fresh and not sys.stderr.isatty():  # where there is no bar to be seen
                     what = f"making a {name} model for {task.name}: supervised training of a minute or two, once"
                     print(f"{what} (then it lies in {cache})", flush=True)
+                lm = make()
                 with whole_folder(folder, "the warm-started model") as scratch:
-                    write(scratch)
+                    gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
+                    reader.save_pretrained(scratch)
     return str(folder)
 
 

@@ -1,12 +1,13 @@
 """The tiny models that read pictures, small Qwen2.5-VLs; the scenes that are drawn for them; their warm start."""
 
 import hashlib
+import inspect
 import random
 
 import numpy as np
 import torch
 
-from common import gpu, vision
+from common import vision
 from common.worlds import tiny
 
 CELLS, PIXELS = 4, 4  # a scene is 4 x 4 cells of 4 x 4 pixels; a cell is a patch, and a token
@@ -73,18 +74,14 @@ def config(name="tiny", task=None):
 
 def warm_start(task, name="tiny", cache=None, fresh=False):
     """As worlds.tiny's, of a model that reads pictures."""
-    made = processor((task.tokenizer or tokenizer)())
-    pictures, shape = vision.encode(task, made), config(name, task)
+    reader = processor((task.tokenizer or tokenizer)())
+    pictures, shape = vision.encode(task, reader), config(name, task)
     recipe = RECIPE | task.recipe | (tiny.UNTRAINED if fresh else {})
     examples = sorted(task.train + task.shown, key=lambda e: e.id)
-
-    def write(scratch):
-        lm = _supervise(task, examples, pictures, recipe, shape)
-        gpu.write_weights(lm, lm.state_dict(), scratch)
-        made.save_pretrained(scratch)
-
     drawn = hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in pictures.shown)).hexdigest()
-    return tiny.stored(task, name, examples, recipe, shape, made.tokenizer, _supervise, write, [drawn], cache, fresh)
+    made_of = [recipe, shape.to_dict(), reader.tokenizer.get_vocab(), torch.__version__, inspect.getsource(_supervise)]
+    made_of += [tiny.told(task, examples, recipe), drawn]
+    return tiny.stored(task, name, made_of, lambda: _supervise(task, examples, pictures, recipe, shape), reader, cache, fresh)
 
 
 def _supervise(task, examples, pictures, recipe, shape):
