@@ -13,7 +13,7 @@ In a batch's token ids -2 - k stands for a patch of picture k (common/vision.py)
 different pictures are different prompts. Tokens that would stand for a picture are never sampled.
 
 Family: vision
-Differs from grpo.py in: freeze_vision, train
+Differs from grpo.py in: train
 Costs: GRPO's, and the eyes once for every prompt, forward and (unless they are frozen) backward.
 Run:   python algos/grpo_vision.py                              tiny model, CPU, about a minute
        python algos/grpo_vision.py --model qwen2.5-vl-3b --task path/to/train.jsonl     rows with image, prompt, answer
