@@ -11,7 +11,7 @@ Objective, to be maximised (as restated in arXiv 2402.03300, Eq. 1 and 2); V is 
     L_V = 1/2 1/N sum max((V - G)^2, (clip(V, V_old - eps_value, V_old + eps_value) - G)^2),   G = A + V_old, A not whitened
 
 Family: ratio
-Stand-alone: GRPO came out of this script by dropping the critic and letting a group of completions be the baseline.
+Base: GRPO came out of this script by dropping the critic and letting a group of completions be the baseline.
 Differs from grpo.py in: prompts_per_step, group_size, token_rewards, gae, advantages, token_weights, kl_penalty,
     value_loss, explained_variance, Critic, train
 Costs: a critic as large as the policy: its weights, gradients and optimizer, and a forward and backward pass of its own.

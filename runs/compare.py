@@ -25,7 +25,8 @@ from common import UserError, reason
 from runs import launch, pictures
 
 # Of a difference: the first that there is.
-MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")
+MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate", "kl after")
+LOWER = ("kl after",)  # of what a script that stands alone measures: the less the better
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
 WARM_STARTS = ("route",)  # tasks whose option, route:1, is the seed of another warm start
 KEPT = ("step", *pictures.ONLINE, *pictures.PAIRS, "chosen_shift")  # of a curve
@@ -53,8 +54,10 @@ def parts(item):
 
 
 def kind(item):
-    """How an item's runs are summarised: "pairs", "supervised" or "online"; None: not at all."""
+    """How an item's runs are summarised: "alone", "pairs", "supervised" or "online"; None: not at all."""
     text = (launch.ROOT / "algos" / f"{parts(item)[0]}.py").read_text()
+    if "\nStand-alone: " in text:
+        return "alone"
     if "\n    pairs_per_step:" in text:
         return "pairs"
     if "\n    batch_size:" in text:
@@ -146,7 +149,7 @@ def differences(summaries, data):
     if not summaries or not measure:
         return {}
     values = {item: s[measure]["seeds"] for item, s in summaries.items()}
-    bases, out = {}, {}
+    sign, bases, out = -1 if measure in LOWER else 1, {}, {}
     for item in values:
         bases.setdefault(data[item], item)
 
@@ -157,7 +160,7 @@ def differences(summaries, data):
 
     for item in [i for i in values if bases[data[i]] != i]:
         twins = [i for i in values if place(i) == place(item)]
-        starts = {data[i]: (values[i], values[bases[data[i]]]) for i in twins}
+        starts = {data[i]: [[sign * x for x in values[of]] for of in (i, bases[data[i]])] for i in twins}
         said = verdict(*starts.values(), several=place(item)[2] in WARM_STARTS)
         against = bases[data[item]]
         out[item] = dict(against=against, measure=measure, **difference(values[item], values[against]), verdict=said)
@@ -184,6 +187,13 @@ def summarise_supervised(runs, measure="accuracy"):
     for key, name in dict(logp="log-prob of demonstrations", entropy="entropy").items():
         out[f"{name}, last 10 steps"] = band([statistics.mean(row[key] for row in rows[-10:]) for rows, _ in runs])
     return out
+
+
+def summarise_alone(runs):
+    """As summarise(), of all that the first and the last evaluation have. `runs`: evaluation rows per seed."""
+    names = [name for name in runs[0][0] if name not in ("step", "prompts")]
+    ends = [(name, i, when) for name in names for i, when in ((0, "before"), (-1, "after"))]
+    return {f"{name.replace('_', ' ')} {when}": band([rows[i][name] for rows in runs]) for name, i, when in ends}
 
 
 def summarise(runs, measure="accuracy"):
@@ -215,17 +225,21 @@ def summarise(runs, measure="accuracy"):
 
 
 def curve(folder, of):
-    """A run's curve: rows of metrics.jsonl with the evaluation of the same step in them, for pairs the evaluations
-    alone; what KEPT names, avg@N and pass@N, to five digits. `of`: its kind."""
-    steps = {}
-    for row in [*(rows_of(folder / "metrics.jsonl") if of != "pairs" else ()), *rows_of(folder / "evals.jsonl")]:
+    """A run's curve: rows of metrics.jsonl with the evaluation of the same step in them, for pairs and what stands alone the
+    evaluations; what KEPT names, avg@N and pass@N, for what stands alone all of it, to five digits. `of`: its kind."""
+    steps, quiet = {}, of in ("pairs", "alone")
+    for row in [*(rows_of(folder / "metrics.jsonl") if not quiet else ()), *rows_of(folder / "evals.jsonl")]:
         steps.setdefault(row["step"], {}).update(row)
+    if of == "alone":
+        return [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in row.items()} for row in steps.values()]
     kept = [{k: row[k] for k in [*KEPT, *(k for k in row if "@" in k)] if k in row} for _, row in sorted(steps.items())]
     return [{k: v if isinstance(v, int) else float(f"{v:.5g}") for k, v in row.items()} for row in kept]
 
 
 def summary(folders, of):
     """[folder, one a seed] of an item -> what the table shows of it. `of`: its kind."""
+    if of == "alone":
+        return summarise_alone([rows_of(f / "evals.jsonl") for f in folders])
     said = re.search(r"greedy (\w+)", (folders[0] / "done").read_text())
     measure = said[1] if said else "accuracy"
     if of == "online":
@@ -245,7 +259,10 @@ def draw(record, path):
     labels = {item: parts(item)[2] for item in curves}
     measure = next((key.split()[1] for s in record["summary"].values() for key in s if key.startswith("greedy ")), None)
     supervised = any("perplexity after" in s for s in record["summary"].values())
-    if measure or supervised:
+    ends = [key.removesuffix(" after") for key in next(iter(record["summary"].values())) if key.endswith(" after")]
+    if ends and not measure and not supervised:
+        pictures.alone(curves, labels, data, ends, LOWER, path)
+    elif measure or supervised:
         pictures.online(curves, labels, data, measure, path, "update" if supervised else "rollout")
     else:
         pictures.pairs(curves, labels, data, path)
@@ -288,7 +305,7 @@ def made(items, options, extra):
     """Makes the runs that are missing -> the record."""
     folders, of = each(run, items, options, extra), kind(items[0])
     configs = {i: json.loads((fs[0] / "config.json").read_text()) for i, fs in folders.items()}
-    data = {i: config["args"]["data" if of == "pairs" else "task"] for i, config in configs.items()}
+    data = {i: config["args"].get("data" if of == "pairs" else "task", "") for i, config in configs.items()}
     summaries = {i: summary(fs, of) for i, fs in folders.items()}
     return dict(
         command="python -m runs.compare " + " ".join(sys.argv[1:]),

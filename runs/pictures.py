@@ -171,6 +171,19 @@ def pairs(curves, labels, data, path):
     rows(found, path, "update", over(curves) + left)
 
 
+def alone(curves, labels, data, names, lower, path):
+    """Of scripts that stand alone: a section for each of the `names` that an evaluation has, a panel an item with the first
+    on the same data behind it; `lower`: those, with " after", that are the better the less they are."""
+    bases = {name: next(i for i in curves if data[i] == name) for name in dict.fromkeys(data.values())}
+    sections = []
+    for name in names:
+        of = points(curves, name.replace(" ", "_"))
+        panels = [Panel(labels[i], of[i], None if i == bases[data[i]] else of[bases[data[i]]]) for i in curves]
+        title = f"{name} (lower is better)" if f"{name} after" in lower else name
+        sections.append(Section(title, panels, 7, 1.4))
+    multiples(sections, path, "update", f"{over(curves)}; grey: {', '.join(labels[b] for b in bases.values())}")
+
+
 def ends(seeds):
     """The mean of a curve's last points, to two digits."""
     return f"{statistics.mean(points[-1][1] for points in seeds):.2f}"

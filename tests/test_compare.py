@@ -21,6 +21,7 @@ def test_what_an_item_names():
     assert compare.parts("did,no-projected")[3] == ["--no-projected"]
     assert compare.kind("tdpo@chain,alpha=1") == "pairs" and compare.kind("rto") == "online"
     assert compare.kind("sft") == "supervised"
+    assert compare.kind("ppo") == "online" and compare.kind("fourier_head,head=linear") == "alone"
 
 
 def test_difference():
@@ -46,6 +47,18 @@ def test_difference_without_a_spread():
         assert compare.difference([0.5, 0.75, 0.25], [0.25, 0.5, 0.0]) == dict(mean=0.25, low=0.25, high=0.25)
         assert compare.difference([1.0, 1.0], [1.0, 1.0]) == dict(mean=0.0, low=0.0, high=0.0)
         assert compare.difference([0.5], [0.25]) == dict(mean=0.25, low=None, high=None)  # one seed has no interval
+
+
+def test_what_stands_alone_is_summarised_by_all_that_it_measures():
+    """And where less is better, less wins."""
+    runs = [[dict(step=0, kl=1.5, width=0.3, prompts=9), dict(step=4, kl=k, width=0.1, prompts=9)] for k in (0.2, 0.3)]
+    found = compare.summarise_alone(runs)
+    assert list(found) == ["kl before", "kl after", "width before", "width after"]
+    assert found["kl after"]["seeds"] == [0.2, 0.3] and found["kl after"]["mean"] == pytest.approx(0.25)
+    other = compare.summarise_alone([[row | dict(kl=row["kl"] + 0.5) for row in rows] for rows in runs])
+    for mine, base, verdict in ((found, other, "better"), (other, found, "worse")):
+        said = compare.differences(dict(a=base, b=mine), dict(a="", b=""))["b"]
+        assert said["verdict"] == verdict and said["measure"] == "kl after" and abs(said["mean"]) == pytest.approx(0.5)
 
 
 LOW, HIGH, OVER = [0.60, 0.61, 0.62], [0.70, 0.71, 0.72], [0.615, 0.73, 0.74]

@@ -13,7 +13,7 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
-SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision fourier_head".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -30,6 +30,7 @@ MORE = dict(
     training_free_grpo=dict(task="rules", prompts_per_step=32),  # a world of its own; enough groups that teach
     unmasking_policy=dict(task="sums"),
     **dict.fromkeys(["grpo_vision"], dict(task="count_sum")),
+    fourier_head=dict(batch_size=7, gamma=0.1),
 )
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
 # process with groups of its own, which is not a script's doing.
