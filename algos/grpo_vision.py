@@ -122,6 +122,7 @@ class Args:
     # GRPO with pictures
     limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other")
     sees = True
+    hf_only = "pictures in its prompts"
     tiny_preset = dict(task="count_sum", steps=30, prompts_per_step=16, minibatches=2, lr=3e-4, eval_every=10)
     real_preset = dict(task=None)
     eps: float = 0.2

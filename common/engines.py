@@ -19,7 +19,8 @@ def make_engine(policy, tokenizer, args, context, heated=False):
     installed = importlib.util.find_spec("vllm") is not None
     if args.engine == "vllm" and not installed:
         raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
-    if args.engine == "vllm" or args.engine == "auto" and installed and gpu.device().type == "cuda":
+    suits = installed and gpu.device().type == "cuda" and not getattr(args, "hf_only", "")
+    if args.engine == "vllm" or args.engine == "auto" and suits:
         return VLLM(policy, tokenizer, args, context, heated)
     return HF(policy, tokenizer, stop=vars(args).get("stop", ()))
 

@@ -159,7 +159,7 @@ def _check(args):
                 words += [f"{'below' if below == '<' else 'at most'} {high}"] if high else []
                 raise UserError(f"{flag} must be {' and '.join(words) or 'finite'}, is {x}{colon}{why}")
     if vars(args).get("engine") == "vllm" and (needs := getattr(args, "hf_only", "")):
-        raise UserError(f"--engine vllm: this script needs {needs}, which vLLM cannot give; use --engine hf")
+        raise UserError(f"--engine vllm: this script needs {needs}, which it is not given here; use --engine hf")
     if "" in vars(args).get("stop", ()):
         raise UserError("--stop: an empty string would end every completion at once")
     # What follows is seen here, and not when it is needed, since a tiny model's warm start takes a minute.

@@ -197,10 +197,12 @@ def table(lessons):
     rows = ["| family | base | methods | changed lines, median |", "|---|---|---|---|"]
     for family in families(lessons):
         members = sorted((x for x in lessons.values() if x.family == family), key=lambda x: x.name)
-        methods = [x for x in members if x.base]
-        roots = [x.name for x in members if not x.base]
+        alone = [x for x in members if "\nStand-alone: " in x.text]
+        methods = [x for x in members if x.base or x in alone]
+        roots = [x.name for x in members if not x.base and x not in alone]
         roots += [b for b in bases(lessons, family) if lessons[b].family != family]
-        median = f"{statistics.median(x.lines for x in methods):g}" if methods else ""
+        lines = [x.lines for x in methods if x.base]
+        median = f"{statistics.median(lines):g}" if lines else "they stand alone"
         rows.append(f"| {family} | {links(roots)} | {links(x.name for x in methods)} | {median} |")
     return "\n".join(rows)
 

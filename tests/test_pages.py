@@ -109,6 +109,8 @@ def test_pages_say_what_scripts_say(tmp_path):
     table = pages.table(lessons).splitlines()
     assert table[2] == "| ratio | [grpo](algos/grpo.py) | [sapo](algos/sapo.py) | 7 |"
     assert table[3] == "| tokens | [sapo](algos/sapo.py) | [far](algos/far.py) | 8 |"
+    alone = dict(one=pages.Lesson("one", "Family: x\nStand-alone: it has no base", "x"))
+    assert pages.table(alone).splitlines()[2] == "| x |  | [one](algos/one.py) | they stand alone |"
     page = "a\n<!-- families -->\nold\n<!-- end families -->\nb\n"
     made = ["a", "<!-- families -->", *table, "<!-- end families -->", "b"]
     assert pages.readme(page, lessons).splitlines() == made
