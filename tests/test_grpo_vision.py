@@ -1,6 +1,7 @@
 """GRPO with pictures: its world, its tiny model, and the script run as a user runs it. (The rest: test_vision.py.)"""
 
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from algos import grpo, grpo_vision
-from common import engines, gpu, models, rollout, settings, vision
+from common import UserError, engines, gpu, models, rollout, settings, tasks, vision
 from common.worlds import count_sum, tiny_vision
 from tests.helpers import ROOT, checkpoints, lines, run
 from tests.parts import chunks
@@ -47,6 +48,26 @@ def test_scenes_are_what_is_asked(tiny_start):
         assert count_sum.check(careful + "!", e.answer) == (None, 0.0)
     train = {e.pictures[0].tobytes() for e in tiny_start.task.train}
     assert not train & {e.pictures[0].tobytes() for e in tiny_start.task.test}
+
+
+def test_noisy_counts_are_off_by_one():
+    """In 40%, never below 0; the sum follows what is said; free wording, which the checker reads all the same."""
+    rng, said, off = random.Random(0), set(), []
+    for i in range(3000):
+        example = SimpleNamespace(id=i % 50)
+        text = count_sum.demonstrate_noisy(rng, example, 0.0)
+        found, true = [int(n) for n in re.findall(r"=(\d)", text)], count_sum.counts(example.id)
+        assert all(abs(a - b) <= 1 for a, b in zip(found, true))
+        assert count_sum.check(text, str(sum(found)))[1] == 1
+        off += [a != b for a, b in zip(found, true)]
+        said.add(re.sub(r"[a-z]+=\d", "x", text.partition(";")[0]))
+    assert sum(off) / len(off) == pytest.approx(0.4, abs=0.02) and len(said) == 4**3
+    right = count_sum.demonstrate_noisy(rng, SimpleNamespace(id=3), 1.0)
+    assert [int(n) for n in re.findall(r"=(\d)", right)] == count_sum.counts(3)
+    recipe = tasks.load("count_sum:noisy").recipe
+    assert recipe["careful"] == 0 and recipe["careful_steps"] < recipe["steps"]
+    with pytest.raises(UserError, match="there is count_sum and count_sum:noisy"):
+        tasks.load("count_sum:loud")
 
 
 def test_the_tiny_model_looks(tiny_start):

@@ -388,3 +388,20 @@ def test_frozen_eyes_get_no_gradient():
     s.policy(batch.ids, batch.attention_mask, batch.mask)[0].sum().backward()
     grads = {n: p.grad for n, p in s.lm.named_parameters()}
     assert all((g is None) == ("visual" in n) for n, g in grads.items())
+
+
+def test_rows_that_see_nothing_still_run_the_eyes():
+    """Sharded weights need all processes: there the gradient is 0, not missing."""
+    s = start("qwen2_5_vl")
+    batch = collate([(s.task.train[2].ids, [20, 21])])
+    s.policy(batch.ids, batch.attention_mask, batch.mask)[0].sum().backward()
+    grads = [p.grad for n, p in s.lm.named_parameters() if "visual" in n]
+    assert all(g is not None and not g.any() for g in grads)
+
+
+def test_a_photograph_is_turned_as_its_file_says(tmp_path):
+    """Cameras write how they were held; a wide picture that is to be turned is a high one."""
+    turned = Image.Exif()
+    turned[274] = 6  # orientation: by a quarter
+    Image.fromarray(noise(np.random.default_rng(0), 8, 24)).save(tmp_path / "a.jpg", exif=turned)
+    assert reader(merge=1).patches(str(tmp_path / "a.jpg"))[1].tolist() == [1, 6, 2]
