@@ -120,13 +120,15 @@ class Args:
     """tokens in one forward pass of the trainer; a prompt that its completions share counts once"""
 
     # GRPO with pictures
-    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other")
+    limits = dict(group_size="2 <= x: the completions of a prompt are compared with each other", image_tokens="4 <= x")
     sees = True
     hf_only = "pictures in its prompts"
     tiny_preset = dict(task="count_sum", steps=30, prompts_per_step=16, minibatches=2, lr=3e-4, eval_every=10)
     real_preset = dict(task=None)
     eps: float = 0.2
     """half-width of the clip interval (verl, TRL; the paper gives none)"""
+    image_tokens: int = 1280
+    """a picture of more tokens is made smaller (Qwen2.5-VL's own advice)"""
     freeze_vision: bool = False
     """leave the eyes as they are, and train what reads their embeddings (ours)"""
 

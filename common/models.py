@@ -26,7 +26,8 @@ FAMILIES = {
 }  # fmt: skip
 NAMES = [f.format(size) for family, sizes in FAMILIES.items() for f in family.split() for size in sizes.split()]
 ALIASES = {name: f"{'Qwen' if name.startswith('qwen') else 'meta-llama'}/{name.title()}" for name in NAMES}
-ALIASES |= foreign.NAMES
+ALIASES |= {f"qwen2.5-vl-{n}b": f"Qwen/Qwen2.5-VL-{n}B-Instruct" for n in (3, 7, 32, 72)}
+ALIASES |= {f"qwen3-vl-{n}b": f"Qwen/Qwen3-VL-{n}B-Instruct" for n in (2, 4, 8, 32)} | foreign.NAMES
 ALIASES |= {re.sub(r"(math)-([^-]+)", r"\2-\1", name): repository for name, repository in ALIASES.items()}
 
 

@@ -120,7 +120,7 @@ class Pictures:
             place = torch.empty_like(which).scatter_(0, order, torch.arange(len(which), device=x.device) - begun)
             index = (sizes.cumsum(0) - sizes)[which] + place % sizes[which]
             features = torch.cat(found["pooler_output"]).to(x.dtype)
-            x = x.masked_scatter(seen[:, :, None], torch.nn.functional.embedding(index, features)) + 0 * features.sum()
+            x = x.masked_scatter(seen[:, :, None], torch.nn.functional.embedding(index, features))
         deep = [torch.nn.functional.embedding(index, torch.cat(f)) for f in found.get("deepstack_features") or ()]
         more = dict(visual_pos_masks=seen, deepstack_visual_embeds=deep) if deep else {}
         positions = self._positions(lm, ids, attention_mask)
@@ -206,13 +206,16 @@ def encode(task, processor, prompt_template=None, system_prompt=None):
 
 
 def load_processor(args):
-    """The Processor of `args.model`."""
+    """The Processor of `args.model`; a picture of more than args.image_tokens tokens is made smaller."""
     tokenizer = models.load_tokenizer(args)
     name = tokenizer.name_or_path
     try:
-        return Processor(tokenizer, AutoImageProcessor.from_pretrained(name), name)
+        eyes = AutoImageProcessor.from_pretrained(name)
+        most = args.image_tokens * (eyes.patch_size * eyes.merge_size) ** 2
+        eyes.size = type(eyes.size)(**{k: min(eyes.size[k], most) for k in ("shortest_edge", "longest_edge")})
     except Exception as error:
         raise UserError(f"model {args.model}: it has nothing that reads pictures ({reason(error)})") from None
+    return Processor(tokenizer, eyes, name)
 
 
 def load(args, processor):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
-from common import UserError, engines, tasks, vision
+from algos import grpo_vision
+from common import UserError, engines, models, tasks, vision
 from common.batch import collate, read
 from common.policy import Policy
 from common.worlds import tiny_vision
@@ -405,3 +406,22 @@ def test_a_photograph_is_turned_as_its_file_says(tmp_path):
     turned[274] = 6  # orientation: by a quarter
     Image.fromarray(noise(np.random.default_rng(0), 8, 24)).save(tmp_path / "a.jpg", exif=turned)
     assert reader(merge=1).patches(str(tmp_path / "a.jpg"))[1].tolist() == [1, 6, 2]
+
+
+def test_names_of_models_that_read_pictures():
+    names = {"qwen2.5-vl-3b": "Qwen/Qwen2.5-VL-3B-Instruct", "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
+    for name, repository in (names | {"qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct"}).items():
+        assert models.locate(name) == repository
+
+
+def test_large_pictures_are_made_smaller(tmp_path):
+    """To at most so many tokens, of merged patches; a checkpoint's pictures will be, too."""
+    args = grpo_vision.Args(model=str(saved(tmp_path / "model")), image_tokens=20)
+    made = vision.load_processor(args)
+    picture = noise(np.random.default_rng(0), 200, 120)
+    pixels, grid, _ = made.patches(picture)
+    assert len(pixels) == grid.prod() and 12 <= len(pixels) / 4 <= 20 and grid[1] > grid[2]
+    assert len(reader().patches(picture)[0]) == 50 * 30
+    made.save_pretrained(tmp_path)
+    again = vision.Processor(made.tokenizer, AutoImageProcessor.from_pretrained(tmp_path))
+    torch.testing.assert_close(again.patches(picture)[0], pixels)
