@@ -205,9 +205,10 @@ def encode(task, processor, prompt_template=None, system_prompt=None):
     return pictures
 
 
-def load_processor(args):
-    """The Processor of `args.model`; a picture of more than args.image_tokens tokens is made smaller."""
-    tokenizer = models.load_tokenizer(args)
+def load_processor(args, warm=None):
+    """The Processor of `args.model`; a picture of more than args.image_tokens tokens is made smaller. `warm`: what a tiny model
+    is warm-started on (tasks.warmed)."""
+    tokenizer = models.load_tokenizer(args, warm)
     name = tokenizer.name_or_path
     try:
         eyes = AutoImageProcessor.from_pretrained(name)
@@ -218,12 +219,12 @@ def load_processor(args):
     return Processor(tokenizer, eyes, name)
 
 
-def load(args, processor):
-    """-> (the task called args.task, with token ids, and its Pictures)."""
+def load(args, processor, task=None):
+    """-> (the task called args.task, or a script's own, with token ids, and its Pictures)."""
     if args.task is None:
         raise UserError("--task: give rows with image, prompt and answer: --task path/to/rows.jsonl")
     parse = functools.partial(row, os.path.dirname(args.task), args.prompt_template)
-    task = tasks.load(args.task, reward=args.reward, parse=parse)
+    task = task or tasks.load(args.task, reward=args.reward, parse=parse)
     return task, encode(task, processor, args.prompt_template, args.system_prompt)
 
 
