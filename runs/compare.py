@@ -25,7 +25,8 @@ from common import UserError, reason
 from runs import launch, pictures
 
 # Of a difference: the first that there is.
-MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate", "kl after")
+MEASURES = ("greedy accuracy after", "greedy score after", "greedy return after", "win_rate")
+MEASURES += ("kl after", "valid after", "success after")
 LOWER = ("kl after",)  # of what a script that stands alone measures: the less the better
 MARGIN = 0.03  # means that are nearer to each other than this are equal, whatever the spans
 WARM_STARTS = ("route",)  # tasks whose option, route:1, is the seed of another warm start

@@ -62,7 +62,8 @@ MAKERS = "grpo dpo cdpo did tab_po".split()  # of the warm starts: they go first
 FEW = dict(cdpo="--ce-steps 2", did="--recovery-steps 20 --did-prompts 1", r2q="--beams 1,3 --beam-prompts 6",
            tgdpo="--guide-steps 2", rto="--dpo-steps 3 --dpo-pairs-per-step 8", poad="--task door", rmt="--task digits",
            gdpo="--task sums", unmasking_policy="--task sums", training_free_grpo="--task rules",
-           grpo_vision="--task count_sum", vppo="--task count_sum:noisy", tw_grpo="--task events", cacovid="--task needle")  # fmt: skip
+           grpo_vision="--task count_sum", vppo="--task count_sum:noisy", tw_grpo="--task events",
+           cacovid="--task needle")  # fmt: skip
 
 
 def missing(package):

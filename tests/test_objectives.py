@@ -9,7 +9,8 @@ import torch
 
 from tests import sync
 
-SCRIPTS = [n for n in sync.scripts() if "def surrogate(" in (sync.ALGOS / f"{n}.py").read_text()]
+TEXTS = {n: (sync.ALGOS / f"{n}.py").read_text() for n in sync.scripts()}
+SCRIPTS = [n for n, text in TEXTS.items() if "def surrogate(" in text and "\nStand-alone: " not in text]
 
 
 def load(name):

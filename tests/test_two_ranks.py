@@ -13,7 +13,7 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
-SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision fourier_head".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -29,7 +29,11 @@ MORE = dict(
     cot2=dict(task="mnns", csft_steps=60, csft_batch=32, k=6),
     training_free_grpo=dict(task="rules", prompts_per_step=32),  # a world of its own; enough groups that teach
     unmasking_policy=dict(task="sums"),
-    **dict.fromkeys(["grpo_vision"], dict(task="count_sum")),
+    **dict.fromkeys(["grpo_vision", "vppo"], dict(task="count_sum")),
+    tw_grpo=dict(task="events"),
+    cacovid=dict(task="needle", combinations=8, repetitions=2),
+    xar=dict(batch_size=7, samples=20),
+    ptp=dict(batch_size=7, episodes=4),
     fourier_head=dict(batch_size=7, gamma=0.1),
 )
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every

@@ -1,5 +1,6 @@
 """The tiny models that read pictures, small Qwen2.5-VLs; the scenes that are drawn for them; their warm start."""
 
+import functools
 import hashlib
 import inspect
 import random
@@ -72,16 +73,17 @@ def config(name="tiny", task=None):
     )  # fmt: skip
 
 
-def warm_start(task, name="tiny", cache=None, fresh=False):
-    """As worlds.tiny's, of a model that reads pictures."""
+def warm_start(task, name="tiny", cache=None, fresh=False, train=None):
+    """As worlds.tiny's, of a model that reads pictures. train: another way than _supervise()."""
     reader = processor((task.tokenizer or tokenizer)())
     pictures, shape = vision.encode(task, reader), config(name, task)
     recipe = RECIPE | task.recipe | (tiny.UNTRAINED if fresh else {})
     examples = sorted(task.train + task.shown, key=lambda e: e.id)
     drawn = hashlib.sha256(b"".join(np.ascontiguousarray(p).tobytes() for p in pictures.shown)).hexdigest()
-    made_of = [recipe, shape.to_dict(), reader.tokenizer.get_vocab(), torch.__version__, inspect.getsource(_supervise)]
+    made_of = [recipe, shape.to_dict(), reader.tokenizer.get_vocab(), torch.__version__, inspect.getsource(train or _supervise)]
     made_of += [tiny.told(task, examples, recipe), drawn]
-    return tiny.stored(task, name, made_of, lambda: _supervise(task, examples, pictures, recipe, shape), reader, cache, fresh)
+    make = functools.partial(train or _supervise, task, examples, pictures, recipe, shape)
+    return tiny.stored(task, name, made_of, make, reader, cache, fresh)
 
 
 def _supervise(task, examples, pictures, recipe, shape):
