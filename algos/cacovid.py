@@ -98,7 +98,8 @@ class Args:
     limits = dict(
         rate="0 < x <= 1", rate_min="0 < x <= 1", rate_max="0 < x <= 1", frame_ratio="0 < x <= 1", budget="0 < x",
         combinations="8 <= x: one for the log, a quarter of frames, the rest of tokens", repetitions="1 <= x",
-        important="0 <= x <= 1", per_frame="1 <= x", image_tokens="4 <= x", eps_low="0 <= x <= 1", group_tokens="1 <= x", max_group="0 < x",
+        important="0 <= x <= 1", image_tokens="4 <= x",
+        per_frame="1 <= x", eps_low="0 <= x <= 1", group_tokens="1 <= x", max_group="0 < x",
     )  # fmt: skip
     sees, reward = True, None  # answers are compared token by token
     tiny_preset = dict(
@@ -527,7 +528,8 @@ def needle():
         clip = clip.reshape(4, 16, 16, 3).repeat(2, 0)
         examples.append(tasks.Example(i, f"{shape}?", f";{colour}", pictures=[clip]))
     own = dict(check=lambda text, answer: (text, float(text == answer)), inline=True, tokenizer=tiny_vision.tokenizer)
-    own |= dict(makers=SimpleNamespace(config=tiny_vision.config, warm_start=partial(tiny_vision.warm_start, train=supervise)), max_new_tokens=8)
+    start = partial(tiny_vision.warm_start, train=supervise)
+    own |= dict(makers=SimpleNamespace(config=tiny_vision.config, warm_start=start), max_new_tokens=8)
     own |= dict(shape=dict(depth=0, fullatt_block_indexes=[]), recipe=dict(steps=700))
     return tasks.Task("needle", examples[:2048], examples[2048:], demonstrate=lambda rng, e, careful: e.answer, **own)
 

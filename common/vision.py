@@ -135,6 +135,7 @@ class Pictures:
             types[number[0]][ids[number[0]] == number[1]] = KINDS[kind]
             grids[kind].append(grid)
         given = {f"{kind}_grid_thw": torch.stack(g).to(ids.device) for kind, g in grids.items() if g}
+        given |= dict(second_per_grid_ts=[1] * len(grids["video"]))  # two frames a second; left out, it has one per position
         return lm.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=attention_mask, **given)[0]
 
 
@@ -147,8 +148,7 @@ def row(folder, prompt_template, row, where):
     shown = [[os.path.join(folder, p) for p in x] if isinstance(x, list) else os.path.join(folder, x) for x in shown]
     if gone := [p for x in shown for p in (x if isinstance(x, list) else [x]) if not os.path.isfile(p)]:
         raise UserError(f"{where}: there is no picture {gone[0]}")
-    before = prompt[:-1] if isinstance(prompt, list) else []
-    text = prompt[-1]["content"] if before or isinstance(prompt, list) else prompt
+    before, text = (prompt[:-1], prompt[-1]["content"]) if isinstance(prompt, list) else ([], prompt)
     if isinstance(prompt, str) or prompt_template:
         text = encoding.fill(prompt_template or tasks.CHAT_TEMPLATE, [text])[0]
     parts = [dict(type=_kind(x)) | {_kind(x): x} for x in shown]
@@ -232,9 +232,8 @@ def look(policy, task, pictures, frozen=False):
     """Gives a Policy, before it is sharded, the pictures of its task, and checks on one that it reads them as transformers does
     -> the policy. `frozen`: its eyes are not trained."""
     policy.pictures, lm = pictures, policy.lm
-    for name, weight in lm.named_parameters():
-        if frozen and ".visual." in f".{name}":
-            weight.requires_grad_(False)
+    for weight in lm.model.visual.parameters() if frozen else ():
+        weight.requires_grad_(False)
     seen = [e for e in task.train if e.pictures]
     if seen:
         gap, rough = _gap(policy, min(seen, key=lambda e: len(e.ids))), lm.dtype.itemsize < 4

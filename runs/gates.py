@@ -110,7 +110,7 @@ def draw(gates, path, columns=4):
 def main(out=ROOT / "runs" / "reference" / "gates"):
     """Draws and writes the gates of every surrogate; what builds on PPO has PPO's."""
     texts = {p.stem: p.read_text() for p in (ROOT / "algos").glob("*.py")}
-    names = [n for n, text in texts.items() if "\ndef surrogate(" in text]
+    names = [n for n, text in texts.items() if "\ndef surrogate(" in text and "\nStand-alone: " not in text]
     names = [n for n in names if "Differs from ppo.py" not in texts[n]]
     gates = {}
     for name in sorted(names, key=lambda n: (n != "grpo", n)):

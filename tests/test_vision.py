@@ -425,3 +425,14 @@ def test_large_pictures_are_made_smaller(tmp_path):
     made.save_pretrained(tmp_path)
     again = vision.Processor(made.tokenizer, AutoImageProcessor.from_pretrained(tmp_path))
     torch.testing.assert_close(again.patches(picture)[0], pixels)
+
+
+def test_more_videos_than_positions():
+    """The places of a video are the same in a batch of many short rows."""
+    s = start("qwen2_5_vl")
+    batch = collate([(s.task.train[5].ids, [20])] * 90)
+    assert len(batch.ids) > batch.ids.shape[1]
+    with torch.no_grad():
+        places = s.pictures(s.lm, batch.ids, batch.attention_mask)["position_ids"]
+    alone = s.pictures(s.lm, batch.ids[:1], batch.attention_mask[:1])["position_ids"]
+    assert (places == alone).all()

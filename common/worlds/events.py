@@ -1,11 +1,12 @@
-"""events: which things moved, stayed or left between the two frames of a video? The tiny model says of every option what became
-of it, then those that are asked for: several may be, and half the questions are inverted (not moved)."""
+"""events[:careful]: which things moved, stayed or left between the two frames of a video? Several may have, and half the
+questions are inverted (not moved). The tiny model can say what became of every option first, and mostly guesses at once."""
 
 import functools
 import random
 
 import numpy as np
 
+from common import UserError
 from common.tasks import Example, Task
 from common.worlds import tiny_vision
 
@@ -61,9 +62,12 @@ def check(text, answer):
     return (found, float(set(found.split(",")) == set(answer.split(",")))) if mark else (None, 0.0)
 
 
-def demonstrate(rng, example, careful=1.0):
-    """Am,Bs,Dm;A,D: of every option the first letter of what became of it, then the answer. There is no other way."""
+def demonstrate(rng, example, careful=0.3):
+    """The share `careful` looks: 'Am,Bs,Dm;A,D', of every option the first letter of what became of it, then the answer; the
+    rest names some of the options at once."""
     things, _, _, options = scene(example.id)
+    if rng.random() >= careful:
+        return ";" + ",".join(sorted(rng.sample(options, rng.randint(1, len(options)))))
     return ",".join(x + things[x][2][0] for x in options) + ";" + answer(example.id)
 
 
@@ -77,9 +81,12 @@ def _examples():
     return out
 
 
-def task():
-    """4,096 scenes and 256 held out."""
+def task(option):
+    """4,096 scenes and 256 held out; events:careful: a model that always looks, and has not learnt for long."""
+    if option not in ("", "careful"):
+        raise UserError(f"task events:{option}: there is events and events:careful")
     shared = dict(check=check, inline=True, makers=tiny_vision, tokenizer=tiny_vision.tokenizer)
-    recipe = dict(steps=200, careful_steps=200, careful=1.0)
+    recipe = dict(steps=200, careful_steps=200, careful=1.0) if option else dict(steps=880, careful_steps=800)
     train, test = _examples()[:TRAIN], _examples()[TRAIN:]
-    return Task("events", train, test, demonstrate=demonstrate, max_new_tokens=24, recipe=recipe, **shared)
+    shared |= dict(demonstrate=demonstrate, max_new_tokens=24, recipe=recipe)
+    return Task("events" + (f":{option}" if option else ""), train, test, **shared)

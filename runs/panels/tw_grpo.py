@@ -134,7 +134,7 @@ def draw(figure, data):
         place.plot(data["place"][name], color=colour, lw=1.6, label=label)
     for name, colour, label in (("entropy", "black", "entropy, nats"), ("ended", "0.6", "share that has ended")):
         other.plot(data["place"][name], color=colour, lw=1.2, ls="--", label=label)
-    place.set_ylim(1, data["alpha"])
+    place.set_ylim(1, data["alpha"] + 0.35)
     other.set_ylim(0, 1)
     lines = place.get_lines() + other.get_lines()
     place.legend(lines, [line.get_label() for line in lines], fontsize=7, frameon=False, loc="upper left")
@@ -147,6 +147,7 @@ def draw(figure, data):
         kind.bar([x + 0.27 * (k - 1) for x in range(len(found))], heights, 0.25, color=colour, label=label)
     kind.set_xticks(range(len(found)), [f"{name}\n{values[3]:.0%}" for name, values in found.items()], fontsize=8)
     kind.set_title("by kind of character (share of tokens)", fontsize=10)
+    kind.set_ylim(0, 1.35 * kind.get_ylim()[1])
     kind.legend(fontsize=7, frameon=False)
     for axis, of, title in ((exact, "after", "exact, held out, greedy"), (dead, "dead", "groups with equal rewards")):
         for y, (name, (*_, colour)) in enumerate(ARMS.items()):

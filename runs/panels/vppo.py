@@ -207,7 +207,7 @@ def draw(figure, data):
         arms.axvline(data["before"][k], color=colour, lw=0.8, ls=":")
     arms.set_title("accuracy after 40 rollouts (dotted: before)", fontsize=10)
     arms.set_xlabel("held-out scenes; points: seeds, bars: their mean", fontsize=8)
-    arms.legend(fontsize=8, frameon=False, loc="upper center")
+    arms.legend(fontsize=8, frameon=False, loc="lower left")
     for axis in (by_kind, signal, arms):
         axis.grid(alpha=0.25)
         axis.tick_params(axis="x", labelsize=8)
