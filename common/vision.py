@@ -77,9 +77,7 @@ class Pictures:
 
     def __getitem__(self, number):
         """-> (patches [n, dim], grid [3], kind)."""
-        if number in self.own:
-            return self.own[number]
-        found = self._cached(number)
+        found = self.own.get(number) or self._cached(number)
         if self._cached.cache_info().currsize * found[0].nbytes > CACHED:
             self._cached.cache_clear()
         return found
@@ -234,6 +232,8 @@ def look(policy, task, pictures, frozen=False):
     policy.pictures, lm = pictures, policy.lm
     for weight in lm.model.visual.parameters() if frozen else ():
         weight.requires_grad_(False)
+    if lm.config.model_type.startswith("qwen3") and any(_kind(x) == "video" for x in pictures.shown):
+        raise UserError(f"task {task.name}: has videos, which Qwen3-VL reads with time stamps, and this script without")
     seen = [e for e in task.train if e.pictures]
     if seen:
         gap, rough = _gap(policy, min(seen, key=lambda e: len(e.ids))), lm.dtype.itemsize < 4

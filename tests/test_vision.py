@@ -436,3 +436,8 @@ def test_more_videos_than_positions():
         places = s.pictures(s.lm, batch.ids, batch.attention_mask)["position_ids"]
     alone = s.pictures(s.lm, batch.ids[:1], batch.attention_mask[:1])["position_ids"]
     assert (places == alone).all()
+
+
+def test_videos_of_qwen3_vl_are_refused():
+    with pytest.raises(UserError, match="task scenes: has videos, which Qwen3-VL reads with time stamps"):
+        start("qwen3_vl", videos=True)
