@@ -67,7 +67,7 @@ def runs(tiny, tmp_path_factory):
         many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *(many if ranks > 1 else ()), str(folder / "each.py")]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
         found[ranks] = {name: [json.loads(row) for row in open(folder / name / "metrics.jsonl")] for name in SCRIPTS}
     return found
