@@ -594,7 +594,7 @@ def train(args):
     args, config, device = settings.prepare(__file__, args, warm)
     if args.task is None or tasks.world(args.task):
         raise UserError(f"--task {args.task}: this script takes needle, or a .jsonl file with video, prompt and answer")
-    processor = vision.load_processor(args, warm)
+    processor = vision.load_processor(args, args.image_tokens, warm)
     task, pictures = vision.load(args, processor, warm(args.task))
     answer = answer_ids(task, pictures, args)
     context = models.check_context(config, task, args)

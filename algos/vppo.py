@@ -266,7 +266,7 @@ def train(args):
     from common.batch import Meter, minibatches, read
 
     args, config, device = settings.prepare(__file__, args)
-    processor = vision.load_processor(args)
+    processor = vision.load_processor(args, args.image_tokens)
     tokenizer = processor.tokenizer
     task, pictures = vision.load(args, processor)
     context = models.check_context(config, task, args)

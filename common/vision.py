@@ -203,14 +203,14 @@ def encode(task, processor, prompt_template=None, system_prompt=None):
     return pictures
 
 
-def load_processor(args, warm=None):
-    """The Processor of `args.model`; a picture of more than args.image_tokens tokens is made smaller. `warm`: what a tiny model
-    is warm-started on (tasks.warmed)."""
+def load_processor(args, image_tokens, warm=None):
+    """The Processor of `args.model`; a picture of more than so many tokens is made smaller. `warm`: what a tiny model is
+    warm-started on (tasks.warmed)."""
     tokenizer = models.load_tokenizer(args, warm)
     name = tokenizer.name_or_path
     try:
         eyes = AutoImageProcessor.from_pretrained(name)
-        most = args.image_tokens * (eyes.patch_size * eyes.merge_size) ** 2
+        most = image_tokens * (eyes.patch_size * eyes.merge_size) ** 2
         eyes.size = type(eyes.size)(**{k: min(eyes.size[k], most) for k in ("shortest_edge", "longest_edge")})
     except Exception as error:
         raise UserError(f"model {args.model}: it has nothing that reads pictures ({reason(error)})") from None

@@ -29,7 +29,7 @@ def test_the_objective_is_grpo_s():
 def tiny_start():
     args, config = settings.resolve(grpo_vision.Args())
     gpu.init(args)
-    made = vision.load_processor(args)
+    made = vision.load_processor(args, args.image_tokens)
     task, pictures = vision.load(args, made)
     policy = vision.look(models.load(args, gpu.device()), task, pictures)
     return SimpleNamespace(args=args, config=config, reader=made, task=task, pictures=pictures, policy=policy)

@@ -37,8 +37,9 @@ def batch(B=6, T=5, seed=0, spread=0.3):
     conflict, selected = (torch.rand(B, T, generator=g) * 2 for _ in range(2))
     b = dict(logp=logp, old_logp=old_logp, adv=adv, mask=mask, entropy=entropy, score=score, h=h, completion=mask)
     rank_id = (torch.arange(T) // 2).expand(B, T)  # lines of two tokens
-    latent = (torch.arange(T) < 2).expand(B, T)
-    return b | dict(proxy=proxy, protected=protected, conflict=conflict, selected=selected, rank_id=rank_id, latent=latent)
+    latent, importance = (torch.arange(T) < 2).expand(B, T), 1 + torch.rand(B, T, generator=g)
+    b |= dict(proxy=proxy, protected=protected, conflict=conflict, selected=selected, rank_id=rank_id, latent=latent)
+    return b | dict(importance=importance)
 
 
 def unprotected(b):

@@ -13,7 +13,7 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
-SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head ptp".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -32,7 +32,6 @@ MORE = dict(
     **dict.fromkeys(["grpo_vision", "vppo"], dict(task="count_sum")),
     tw_grpo=dict(task="events"),
     cacovid=dict(task="needle", combinations=8, repetitions=2),
-    xar=dict(batch_size=7, samples=20),
     ptp=dict(batch_size=7, episodes=4),
     fourier_head=dict(batch_size=7, gamma=0.1),
 )

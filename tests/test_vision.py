@@ -417,7 +417,7 @@ def test_names_of_models_that_read_pictures():
 def test_large_pictures_are_made_smaller(tmp_path):
     """To at most so many tokens, of merged patches; a checkpoint's pictures will be, too."""
     args = grpo_vision.Args(model=str(saved(tmp_path / "model")), image_tokens=20)
-    made = vision.load_processor(args)
+    made = vision.load_processor(args, args.image_tokens)
     picture = noise(np.random.default_rng(0), 200, 120)
     pixels, grid, _ = made.patches(picture)
     assert len(pixels) == grid.prod() and 12 <= len(pixels) / 4 <= 20 and grid[1] > grid[2]

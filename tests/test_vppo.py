@@ -179,7 +179,7 @@ def test_dual_clip():
 def start():
     """The tiny model, with a rollout of its."""
     args, config = settings.resolve(vppo.Args(engine="hf", group_size=4))
-    processor = vision.load_processor(args)
+    processor = vision.load_processor(args, args.image_tokens)
     task, pictures = vision.load(args, processor)
     policy = vision.look(models.load(args, torch.device("cpu")), task, pictures)
     engine = engines.make_engine(policy, processor.tokenizer, args, models.check_context(config, task, args))

@@ -29,7 +29,7 @@ def begun(seed):
     warm = cache(cacovid.worlds)
     args, _ = settings.resolve(cacovid.Args(seed=seed), warm)
     gpu.init(args)
-    processor = vision.load_processor(args, warm)
+    processor = vision.load_processor(args, args.image_tokens, warm)
     task, pics = vision.load(args, processor, warm(args.task))
     policy, plain = (models.load(args, gpu.device(), trainable=False, warm=warm) for _ in range(2))
     vision.look(policy, task, pics)

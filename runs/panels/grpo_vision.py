@@ -16,7 +16,7 @@ def begun(**flags):
     """A model with its held-out prompts."""
     args, _ = settings.resolve(grpo_vision.Args(engine="hf", task="count_sum", **flags))
     gpu.init(args)
-    reader = vision.load_processor(args)
+    reader = vision.load_processor(args, args.image_tokens)
     task, shown = vision.load(args, reader)
     policy = vision.look(models.load(args, gpu.device(), trainable=False), task, shown)
     return SimpleNamespace(args=args, reader=reader, task=task, policy=policy, engine=engines.HF(policy, reader.tokenizer))

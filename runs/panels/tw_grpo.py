@@ -38,7 +38,7 @@ def looked_at(seed):
     """A rollout on held-out questions at the warm start -> args, its batch with weights of both kinds, and the examples."""
     args, config = settings.resolve(tw_grpo.Args(engine="hf", seed=seed))
     gpu.init(args)
-    processor = vision.load_processor(args)
+    processor = vision.load_processor(args, args.image_tokens)
     task, pictures = vision.load(args, processor)
     policy = vision.look(models.load(args, gpu.device()), task, pictures)
     engine = engines.make_engine(policy, processor.tokenizer, args, models.check_context(config, task, args))

@@ -32,7 +32,7 @@ def begun(seed, **flags):
     """What the script begins with."""
     args, config = settings.resolve(vppo.Args(engine="hf", seed=seed, **flags))
     gpu.init(args)
-    processor = vision.load_processor(args)
+    processor = vision.load_processor(args, args.image_tokens)
     task, pictures = vision.load(args, processor)
     policy = vision.look(models.load(args, gpu.device()), task, pictures)
     engine = engines.make_engine(policy, processor.tokenizer, args, models.check_context(config, task, args))
