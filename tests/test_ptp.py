@@ -347,6 +347,11 @@ def test_predictability():
     assert math.isfinite(script.predictability(torch.zeros(2, 5)))
 
 
+def test_told():
+    before, after = dict(success=0.01), dict(success=0.5, one_visit=0.75, end=0.6, prompts=200)
+    assert script.told(before, after) == "success 0.01 -> 0.50 (one visit to the top 0.75, end 0.60) on 200 episodes"
+
+
 # ---------------------------------------------------------------- runs
 
 

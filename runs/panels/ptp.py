@@ -87,6 +87,6 @@ def draw(figure, data):
     left.set_title("share of 200 roll-outs, mean and seeds; dashed: the most that two observations allow", fontsize=9)
     groups = {"60 demonstrations,\nrate 1e-2": {name: data["ends"][name]["success"] for name in LONG}} | data["hard"]
     bars(right, list(groups), {name: [of.get(name, []) for of in groups.values()] for name in LONG})
-    right.set_title("success where there is less to learn from, or less is learnt (no best of 4 there)", fontsize=9)
+    right.set_title("success with less to learn from, and at a lower rate (two arms run)", fontsize=9)
     handles, names = left.get_legend_handles_labels()
     below.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
