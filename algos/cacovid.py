@@ -546,7 +546,7 @@ def worlds(name):
 
 def supervise(task, examples, pictures, recipe, shape):
     """Next-token training on answers behind K tokens of a clip. K is 2 at first, later up to 64; the needle is among them in
-    the first half of the steps, and later in two thirds of the rows. From all 64 at once the model does not learn to search."""
+    the first half of the steps, and later in two thirds of the rows: first a colour is read, then the thing is searched for."""
     from random import Random
 
     from tqdm import tqdm

@@ -207,9 +207,7 @@ def read_twice(policy, mb, told, args):
     """A micro-batch, and its completions behind prompts that tell the answer -> what likelihood() gives, [b, T] each."""
     with torch.no_grad():
         states = policy(told.ids, told.attention_mask, mb.mask, states=True)
-    teacher = lambda *_, **__: states  # noqa: E731  called as a model beside the policy is
-    teacher.lm = policy.lm
-    how = dict(read=lambda *x: likelihood(*x, args), beside=[teacher], given=mb.columns["given"])
+    how = dict(read=lambda *x: likelihood(*x, args), beside=[(policy, states)], given=mb.columns["given"])
     return policy(mb.ids, mb.attention_mask, mb.mask, args.temperature, **how)
 
 

@@ -199,9 +199,7 @@ def read_twice(policy, teacher, mb, told, args):
     """A micro-batch, and its completions behind the teacher's prompts -> what divergence() gives, [b, T] each."""
     with torch.no_grad():
         states = teacher(told.ids, told.attention_mask, mb.mask, states=True)
-    shown = lambda *_, **__: states  # noqa: E731  called as a model beside the policy is
-    shown.lm = teacher.lm
-    how = dict(read=lambda *x: divergence(*x, args), beside=[shown])
+    how = dict(read=lambda *x: divergence(*x, args), beside=[(teacher, states)])
     return policy(mb.ids, mb.attention_mask, mb.mask, args.temperature, **how)
 
 

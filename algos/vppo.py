@@ -242,9 +242,7 @@ def read_twice(policy, batch, step, args):
 
         unlike = policy.pictures.varied(mb, change)
         states = policy(unlike.ids, unlike.attention_mask, unlike.mask, states=True)
-        model = lambda *_, **__: states  # noqa: E731  called as a model beside the policy is
-        model.lm = policy.lm
-        return dict(read=lambda *x: dependency(*x, args), beside=[model])
+        return dict(read=lambda *x: dependency(*x, args), beside=[(policy, states)])
 
     # Cut row by row: in the dark no two rows share their prompt.
     return *read(policy, replace(batch, prompt_id=None), args, how=dark), chance.to(batch.ids.device)

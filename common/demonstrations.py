@@ -22,7 +22,7 @@ class Said(NamedTuple):
 
 def _row(row, where):
     """A row of a file -> (prompt: text or messages, Said, or an answer that is the completion as well, where it stands)."""
-    if not isinstance(row, dict) or row.get("messages") is row.get("completion") is None:
+    if not isinstance(tables.without_pictures(row, where), dict) or row.get("messages") is row.get("completion") is None:
         return tables.prompt_and_answer(row, where)
     prompt, said, turns = row.get("prompt"), row.get("completion"), row.get("messages")
     if turns is not None:

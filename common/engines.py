@@ -19,8 +19,7 @@ def make_engine(policy, tokenizer, args, context, heated=False):
     installed = importlib.util.find_spec("vllm") is not None
     if args.engine == "vllm" and not installed:
         raise UserError("--engine vllm: vLLM is not installed (pip install -r requirements-gpu.txt)")
-    suits = installed and gpu.device().type == "cuda" and not getattr(args, "hf_only", "")
-    if args.engine == "vllm" or args.engine == "auto" and suits:
+    if args.engine == "vllm" or args.engine == "auto" and installed and gpu.device().type == "cuda" and not policy.pictures:
         return VLLM(policy, tokenizer, args, context, heated)
     return HF(policy, tokenizer, stop=vars(args).get("stop", ()))
 
@@ -85,9 +84,8 @@ class Decoder:
     def keep(self, index):
         """Goes on with the rows at these places [b'], in this order; a place may come more than once."""
         self.cache.batch_select_indices(index)
-        self.rows, self.attention, self.logits, self.ahead = (
-            x[index] for x in (self.rows, self.attention, self.logits, self.ahead)
-        )
+        self.rows, self.attention = self.rows[index], self.attention[index]
+        self.logits, self.ahead = self.logits[index], self.ahead[index]
         self.states = {layer: x[index] for layer, x in self.states.items()}
 
     def crop(self, k):

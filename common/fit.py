@@ -17,8 +17,7 @@ def unfit(lm, config, sees=False):
         return "has recurrent layers, which cannot be sampled by rows that come and go"
     if getattr(getattr(lm, "lm_head", None), "bias", None) is not None:
         return "has a head with a bias, which Policy does not add"
-    whole = hasattr(lm, "lm_head") and hasattr(lm, "model")
-    if not whole or not all(hasattr(body(lm), part) for part in ("layers", "norm")):
+    if not hasattr(lm, "lm_head") or not all(hasattr(body(lm), part) for part in ("layers", "norm")):
         return "is none that Policy knows"
     return None
 

@@ -179,8 +179,8 @@ def load(args, device, trainable=True, warm=None, denoiser=False, fresh=False):
             names = [n.strip() for n in names.split(",")]
             if not known.issuperset(names):
                 raise UserError(f"--lora-targets {args.lora_targets}: the model's layers are {', '.join(sorted(known))}")
-        own = dict(target_modules=names, exclude_modules=".*visual.*" if hasattr(config, "vision_config") else None)
-        lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, **own), lm)
+        eyes = dict(exclude_modules=".*visual.*") if hasattr(config, "vision_config") else {}
+        lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names, **eyes), lm)
         if gpu.world() > 1 and any(hasattr(m, "parameter_name") for m in lm.modules()):
             raise UserError(f"model {args.model}: LoRA on experts that are one parameter works on one process only")
     if trainable and args.gradient_checkpointing:

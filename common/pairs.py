@@ -47,7 +47,7 @@ class Data:
 
 def _row(row, where):
     """A row of the hub's usual schema -> (prompt: text or messages, chosen text, rejected text, where it stands)."""
-    if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
+    if not isinstance(tables.without_pictures(row, where), dict) or not {"chosen", "rejected"} <= row.keys():
         raise UserError(f"{where}: needs an object with the fields prompt, chosen and rejected, is {json.dumps(row)[:80]}")
     prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
     if all(isinstance(s, str) for s in sides):

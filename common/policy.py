@@ -73,7 +73,7 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 def body(lm):
     """The part of a model that has its layers and the final norm: all but the head, and the eyes, where it has some."""
-    return getattr(lm.model, "language_model", lm.model)
+    return getattr(getattr(lm, "model", None), "language_model", None) or getattr(lm, "model", None)
 
 
 @contextlib.contextmanager
@@ -98,8 +98,8 @@ class Policy(nn.Module):
     """A language model that returns what is asked of its next-token distributions, not its logits.
     forward(ids [b, S], attention_mask, mask [b, T], temperature) -> logp [b, T] of the tokens that are there and entropy
     [b, T] (nats, detached), float32 (float64 for a float64 model), 0 where mask is False. The completion is the last T.
-    read: read(targets [n], logits [n, V], ...) -> a tuple of [n], with the logits of this model and of each frozen one in
-        `beside`, comes in their place, as [b, T] each; `given` [b, T, m]: what read gets instead of the targets, [n, m].
+    read: read(targets [n], logits [n, V], ...) -> a tuple of [n], with the logits of this model and of each frozen one beside
+        (or (model, its states)), comes in their place, [b, T] each; `given` [b, T, m]: what read gets for targets, [n, m].
     layers: last of all the hidden states [b, T, H] of each of these depths (see recorded), of the position that a token is
         predicted from, or with at=True of its own. layer: the depth that the head reads, without the final norm.
     pictures: what the ids below -1 stand for, a vision.Pictures, where there are some.
@@ -113,6 +113,7 @@ class Policy(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm, self.pictures, config = lm, None, lm.config.get_text_config()
+        vars(self)["body"] = body(lm)  # not registered twice
         kinds = getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ["full_attention"])
         self.packs = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "packed")
         self.packs = self.packs and lm._supports_attention_backend  # else packing would not reach the attention
@@ -121,11 +122,6 @@ class Policy(nn.Module):
         self.plain = config._attn_implementation
         if self.packs:
             lm.set_attn_implementation("packed")
-
-    @property
-    def body(self):
-        """See body()."""
-        return body(self.lm)
 
     def pad(self):
         """No packing from now on: padded batches, as transformers has them."""
@@ -143,13 +139,13 @@ class Policy(nn.Module):
             number, fed = packing.number, ids[packing.keep][None]
             inputs = dict(packing=packing, attention_mask=attention_mask.new_ones(1, 1, 1, 1), use_cache=False)
             inputs["position_ids"] = packing.positions[None]
+        embedding = self.lm.get_input_embeddings()
         if self.pictures:
             inputs |= self.pictures(self.lm, ids, attention_mask, packing and packing.keep)
-        elif thoughts is None:
-            inputs["input_ids"] = fed
         else:
-            (soft, make), embedding = thoughts, self.lm.get_input_embeddings()
-            x = embedding(fed)
+            inputs |= dict(input_ids=fed) if thoughts is None else dict(inputs_embeds=embedding(fed))
+        if thoughts is not None:
+            (soft, make), x = thoughts, inputs["inputs_embeds"]
             made = make(embedding).detach().to(x.dtype)
             inputs["inputs_embeds"] = x.flatten(0, 1).index_put((number[:, -T:][soft],), made).view(x.shape)
         return body(self.lm)(**inputs).last_hidden_state.flatten(0, 1), number
@@ -173,7 +169,8 @@ class Policy(nn.Module):
             out = HeadLogp.apply(hidden, head, targets, temperature)
         else:
             with torch.no_grad():
-                others = [(m(ids, attention_mask, mask, states=True), m.lm.lm_head.weight) for m in beside]
+                asked = [m if isinstance(m, tuple) else (m, m(ids, attention_mask, mask, states=True)) for m in beside]
+            others = [(states, m.lm.lm_head.weight.detach()) for m, states in asked]
             out = _head_read(read, targets, (hidden, head), *others, temperature=temperature)
         out = tuple(torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in out)
         rows, where = (own if at else before), mask[:, :, None]

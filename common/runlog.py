@@ -35,8 +35,7 @@ class Run:
         self.name, world = Path(script).stem, tasks.world(tasks.source(args))
         # What accuracy is called in words: a gold reward is a score, and one of the user's own.
         self.measure = "score" if vars(args).get("reward") else world.measure if world else "accuracy"
-        first = world and world.test and world.test[0]
-        known = first and not first.pictures and first.prompt in [e.prompt for e in world.train]
+        known = world and world.test and not world.test[0].pictures and world.test[0].prompt in [e.prompt for e in world.train]
         self.talks = getattr(config, "is_causal", True) is not False and not hasattr(config, "vision_config")
         self.asked = "prompts" if known else "held-out prompts"
         self.state, self.queue, self.extra, self.after = dict(step=0, cursor=0, skipped=0), [], {}, None

@@ -12,6 +12,7 @@ import huggingface_hub
 from common import UserError, gpu, reason
 
 HELD_OUT = 512
+PICTURES = ("image", "images", "video")
 FIELDS = ("prompt", "answer"), ("question", "answer"), ("problem", "answer"), ("problem", "solution")
 
 
@@ -22,9 +23,16 @@ def conversation(value):
     )  # fmt: skip
 
 
+def without_pictures(row, where):
+    """A row of a file, as it is. UserError where it has what a script of text would leave out."""
+    if seen := [name for name in PICTURES if isinstance(row, dict) and row.get(name)]:
+        raise UserError(f"{where}: has the field {seen[0]}, and this script reads no pictures")
+    return row
+
+
 def prompt_and_answer(row, where):
     """An object with the fields prompt and answer, or their like -> (prompt, answer, where). UserError, with its place."""
-    if not isinstance(row, dict):
+    if not isinstance(without_pictures(row, where), dict):
         raise UserError(f"{where}: needs an object with prompt and answer")
     for name, reply in FIELDS:
         prompt, answer = row.get(name), row.get(reply)

@@ -139,6 +139,8 @@ def encode(task, tokenizer, prompt_template=None, system_prompt=None):
     {prompt}; None is the task's. Messages come as they are, unless one is given: then it is for the last of them."""
     examples, prompts = task.train + task.test + task.shown, []
     for e in examples:
+        if e.pictures:
+            raise UserError(f"task {task.name}: its prompts have pictures, which this script does not read")
         if isinstance(e.prompt, str):
             prompts += fill(prompt_template or task.template, [e.prompt])
         else:

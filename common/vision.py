@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
@@ -60,8 +61,6 @@ class Processor:
 
 
 def _opened(frame):
-    from PIL import Image, ImageOps
-
     return frame if isinstance(frame, np.ndarray) else ImageOps.exif_transpose(Image.open(frame)).convert("RGB")
 
 
@@ -107,10 +106,9 @@ class Pictures:
         x, seen = lm.get_input_embeddings()(kept.clamp(min=0)), kept < -1
         numbers, which = (-2 - kept[seen]).unique(return_inverse=True)
         # Every process runs its eyes, whether its rows see something or not: sharded weights need all of them.
-        looked = [self[k] for k in (numbers.tolist() or [0] * bool(self.shown))]
-        found = {}
+        found, looked = {}, [self[k] for k in (numbers.tolist() or [0] * bool(self.shown))]
         if looked:
-            pixels, grids = (torch.cat([p for p, *_ in looked]), torch.stack([g for _, g, _ in looked]))
+            pixels, grids = torch.cat([p for p, *_ in looked]), torch.stack([g for _, g, _ in looked])
             found = lm.model.get_image_features(pixels.to(x.device, x.dtype), grids.to(x.device), return_dict=True)
             sizes = torch.tensor([len(f) for f in found["pooler_output"]], device=x.device)
             order = which.argsort(stable=True)  # placeholder j of a picture is its token j, in whatever rows they stand
@@ -137,24 +135,26 @@ class Pictures:
         return lm.model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=attention_mask, **given)[0]
 
 
-def row(folder, prompt_template, row, where):
+def seeing_row(folder, prompt_template, row, where):
     """An object with image (a path, or a list of them; beside the file) or video (a list of frames' paths), prompt and answer
     -> (messages, answer, where): text with <image> in it has its pictures there, else they stand before it."""
-    prompt, answer, where = tables.prompt_and_answer(row, where)
-    images, video = row.get("image", row.get("images")) or [], row.get("video") or []
-    shown = [*([images] if isinstance(images, str) else images), *([video] if video else [])]
-    shown = [[os.path.join(folder, p) for p in x] if isinstance(x, list) else os.path.join(folder, x) for x in shown]
-    if gone := [p for x in shown for p in (x if isinstance(x, list) else [x]) if not os.path.isfile(p)]:
-        raise UserError(f"{where}: there is no picture {gone[0]}")
+    words = {k: x for k, x in row.items() if k not in tables.PICTURES} if isinstance(row, dict) else row
+    prompt, answer, where = tables.prompt_and_answer(words, where)
+
+    def places(paths):
+        paths = paths if isinstance(paths, list) else [paths] if paths else []
+        if gone := [p for p in paths if not isinstance(p, str) or not os.path.isfile(os.path.join(folder, p))]:
+            raise UserError(f"{where}: there is no picture {gone[0]}")
+        return [os.path.join(folder, p) for p in paths]
+
+    shown = places(row.get("image") or row.get("images")) + ([places(row["video"])] if row.get("video") else [])
     before, text = (prompt[:-1], prompt[-1]["content"]) if isinstance(prompt, list) else ([], prompt)
     if isinstance(prompt, str) or prompt_template:
         text = encoding.fill(prompt_template or tasks.CHAT_TEMPLATE, [text])[0]
-    parts = [dict(type=_kind(x)) | {_kind(x): x} for x in shown]
-    pieces = text.split(MARK)
+    parts, pieces = [{"type": _kind(x), _kind(x): x} for x in shown], text.split(MARK)
     if len(pieces) == len(parts) + 1 > 1:
-        said = [dict(type="text", text=pieces[0])]
-        for part, piece in zip(parts, pieces[1:]):
-            said += [part, dict(type="text", text=piece)]
+        texts = [dict(type="text", text=piece) for piece in pieces]
+        said = [texts[0], *(x for both in zip(parts, texts[1:]) for x in both)]
     else:
         said = [*parts, dict(type="text", text=text)]
     return [*before, dict(role="user", content=said)], answer, where
@@ -165,9 +165,9 @@ def _kind(shown):
 
 
 def encode(task, processor, prompt_template=None, system_prompt=None):
-    """Fills in the token ids of a task's examples, through the chat template -> their Pictures. What an example shows is in its
-    `pictures` (see Processor.patches), or in its prompt, as row() writes it. UserError, with its place, where a picture cannot
-    be read, or where there is no place for it."""
+    """Fills in the token ids of a task's examples, through the chat template -> their Pictures. What an example shows is in
+    its `pictures` (see Processor.patches), or in its prompt, as seeing_row() writes it. UserError, with its place, where a
+    picture cannot be read, or where there is no place for it."""
     examples, pictures, tokenizer, texts = task.train + task.test + task.shown, Pictures(processor), processor.tokenizer, []
     system, places = [dict(role="system", content=system_prompt)] * bool(system_prompt), []
     for e in examples:
@@ -194,8 +194,8 @@ def encode(task, processor, prompt_template=None, system_prompt=None):
         found = pool.map(tokens, range(len(pictures.shown)))
     for e, place, ids in zip(examples, places, encoding.tokenize(texts, tokenizer, places, add_special_tokens=False)):
         own = [next(found) for _ in e.pictures]
-        if wrong := [x for x in own if not isinstance(x, list)]:
-            raise UserError(f"{place}: a picture cannot be read ({reason(wrong[0])})")
+        if wrong := [reason(x) for x in own if not isinstance(x, list)]:
+            raise UserError(f"{place}: a picture cannot be read ({wrong[0]})")
         if (marks := sum(i in processor.special[:2] for i in ids)) != len(own):
             raise UserError(f"{place}: has {len(own)} pictures, and its prompt {marks} places for them")
         own = iter(own)
@@ -221,7 +221,7 @@ def load(args, processor, task=None):
     """-> (the task called args.task, or a script's own, with token ids, and its Pictures)."""
     if args.task is None:
         raise UserError("--task: give rows with image, prompt and answer: --task path/to/rows.jsonl")
-    parse = functools.partial(row, os.path.dirname(args.task), args.prompt_template)
+    parse = functools.partial(seeing_row, os.path.dirname(args.task), args.prompt_template)
     task = task or tasks.load(args.task, reward=args.reward, parse=parse)
     return task, encode(task, processor, args.prompt_template, args.system_prompt)
 

@@ -99,10 +99,14 @@ def test_reading_two_models_equals_the_naive_way(tiny, rows, monkeypatch):
         return (p.exp() * (p - q)).sum(-1), q.gather(-1, targets[:, None]).squeeze(-1)
 
     policy.zero_grad()
-    found, logp = policy(batch.ids, batch.attention_mask, batch.mask, read=kl, beside=[other])
+    asked = batch.ids, batch.attention_mask, batch.mask
+    found, logp = policy(*asked, read=kl, beside=[other])
     found.sum().backward()
     grads = {n: p.grad.clone() for n, p in policy.named_parameters()}
     policy.zero_grad()
+    with torch.no_grad():  # asked before, the same model says the same
+        again = policy(*asked, read=kl, beside=[(other, other(*asked, states=True))])
+    assert torch.equal(again[0], found.detach()) and torch.equal(again[1], logp.detach())
     positions = (batch.attention_mask.long().cumsum(1) - 1).clamp(min=0)
     inputs = dict(input_ids=batch.ids, attention_mask=batch.attention_mask, position_ids=positions)
     both = [m.lm(**inputs).logits for m in (policy, other)]

@@ -2,10 +2,8 @@
 
 import functools
 import itertools
-import json
 import math
 import shutil
-import socket
 import sys
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import torch
 
 from algos import ptp as script
 from common import UserError, settings
-from tests.helpers import ROOT, checkpoints, die_at, lines, outcome, run, same, start, user_error
+from tests.helpers import ROOT, checkpoints, die_at, lines, outcome, run, same, user_error
 
 PTP = ROOT / "algos" / "ptp.py"
 SMALL = "--steps 4 --batch-size 16 --width 16 --episodes 6 --demonstrations 5 --diffusion-steps 4".split()
@@ -476,23 +474,3 @@ def test_a_checkpoint_of_another_size_is_refused(whole, tmp_path, alone):
         script.train(script.Args(resume=str(other)))
     with pytest.raises(UserError, match="--past is -1 there, not 0"):
         settings.inherit("ptp", script.Args(resume=str(whole[0]), past=0))
-
-
-def test_two_ranks_are_one(tmp_path):
-    """Of 7 windows one has 4 and the other 3."""
-    flags = "--steps 3 --batch-size 7 --eval-every 0 --checkpoint-every 0 --dtype float64 --warmup-steps 0".split()
-    flags = [*SMALL, *flags, "--run-dir"]
-    assert run(tmp_path, *flags, tmp_path / "one", script=PTP).code == 0
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    both = [start(tmp_path, *flags, tmp_path / "two", script=PTP, env=env | dict(RANK=i, LOCAL_RANK=i)) for i in "01"]
-    for done in [child.wait() for child in both]:
-        assert done.code == 0, done.err
-    one, two = ([*lines(tmp_path / x / "metrics.jsonl"), *lines(tmp_path / x / "evals.jsonl")] for x in ("one", "two"))
-    assert len(one) == len(two) == 5 and json.loads((tmp_path / "two" / "config.json").read_text())["world_size"] == 2
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        for k in [k for k in a if not k.startswith("time/")]:
-            assert b[k] == pytest.approx(a[k], rel=1e-6, abs=1e-9), (a["step"], k)

@@ -13,7 +13,7 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
-SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head ptp".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -32,7 +32,8 @@ MORE = dict(
     **dict.fromkeys(["grpo_vision", "vppo"], dict(task="count_sum")),
     tw_grpo=dict(task="events"),
     cacovid=dict(task="needle", combinations=8, repetitions=2),
-    ptp=dict(batch_size=7, episodes=4),
+    xar=dict(batch_size=5, samples=17, sampling_steps=2, max_grad_norm=0.5),
+    ptp=dict(batch_size=7, episodes=4, width=16, warmup_steps=0),
     fourier_head=dict(batch_size=7, gamma=0.1),
 )
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
@@ -58,7 +59,7 @@ finish()
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """{ranks: {script: rows of its metrics}}, all scripts in one process of each size."""
+    """{(ranks, script): rows of its metrics and of its evaluations}, all scripts in one process of each size."""
     found = {}
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
@@ -68,15 +69,18 @@ def runs(tiny, tmp_path_factory):
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=ROOT)
         assert done.returncode == 0, done.stderr[-3000:]
-        found[ranks] = {name: [json.loads(row) for row in open(folder / name / "metrics.jsonl")] for name in SCRIPTS}
+        for name in SCRIPTS:
+            files = [folder / name / f"{kind}.jsonl" for kind in ("metrics", "evals")]
+            found[ranks, name] = [[json.loads(row) for row in open(file)] for file in files]
     return found
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_two_ranks_are_one(runs, name):
-    one, two = (runs[ranks][name] for ranks in (1, 2))
+    (one, before), (two, after) = (runs[ranks, name] for ranks in (1, 2))
     assert len(one) == len(two) == 2 and all(row.get("grad_norm", 1) > 0 for row in one)  # training_free_grpo has none
-    for a, b in zip(one, two):
+    assert len(before) == len(after) > 0
+    for a, b in zip(one + before, two + after):
         assert a.keys() == b.keys()
         for k in [k for k in a if not k.startswith("time/")]:
             assert b[k] == pytest.approx(a[k], rel=1e-6, abs=1e-6), (a["step"], k)

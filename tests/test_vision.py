@@ -11,11 +11,13 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from algos import grpo_vision
-from common import UserError, engines, models, tasks, vision
+from common import UserError, demonstrations, engines, models, pairs, tables, tasks, vision
 from common.batch import collate, read
 from common.policy import Policy
 from common.worlds import tiny_vision
-from tests.helpers import ROOT, checkpoints, lines, run, user_error
+from tests.helpers import ROOT, checkpoints, lines, run, tiny, user_error
+
+__all__ = ["tiny"]
 
 SCRIPT = ROOT / "algos" / "grpo_vision.py"
 TEXT = dict(
@@ -78,20 +80,24 @@ def s(request):
     return start(kind, int(merge), videos=kind != "qwen3_vl")
 
 
+def asked(s, example, completion=()):
+    """What transformers' own forward pass gets of an example and a completion."""
+    ids = torch.tensor([[*example.ids, *completion]])
+    types, fed, pixels = torch.zeros_like(ids), ids.clone(), {}
+    for k in dict.fromkeys(-2 - i for i in example.ids if i < -1):
+        patches, grid, kind = s.pictures[k]
+        types[ids == -2 - k], fed[ids == -2 - k] = vision.KINDS[kind], s.reader.special[vision.KINDS[kind] - 1]
+        names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
+        for name, x in zip(names, (patches, grid[None])):
+            pixels[name] = torch.cat([pixels[name], x]) if name in pixels else x
+    return dict(input_ids=fed, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **pixels)
+
+
 def plain(s, example, completion):
     """Log-probs of a completion by transformers' own forward pass of one row."""
-    ids = torch.tensor([example.ids + completion])
-    types, given, fed = torch.zeros_like(ids), {}, ids.clone()
-    for k in dict.fromkeys(-2 - i for i in example.ids if i < -1):
-        pixels, grid, kind = s.pictures[k]
-        types[ids == -2 - k], fed[ids == -2 - k] = vision.KINDS[kind], s.reader.special[vision.KINDS[kind] - 1]
-        for name, x in (("pixel_values", pixels), ("image_grid_thw", grid[None])):
-            name = name if kind == "image" else name.replace("image", "video").replace("values", "values_videos")
-            given[name] = torch.cat([given[name], x]) if name in given else x
     with torch.no_grad():
-        out = s.lm(input_ids=fed, attention_mask=torch.ones_like(ids), mm_token_type_ids=types, **given).logits[0]
-    at = range(len(example.ids) - 1, ids.shape[1] - 1)
-    return [out[i].log_softmax(-1)[ids[0, i + 1]].item() for i in at]
+        out = s.lm(**asked(s, example, completion)).logits[0].log_softmax(-1)
+    return [out[len(example.ids) - 1 + t, token].item() for t, token in enumerate(completion)]
 
 
 def completions(s, n=2):
@@ -164,32 +170,20 @@ def test_greedy_decoding_is_transformers_generate(s):
     s.lm.generation_config.eos_token_id = engine.end
     out = engine.generate([e.ids for e in s.task.train], 1, 12, 0.0, [0] * len(s.task.train))
     for e, (tokens, _, _) in zip(s.task.train, out):
-        row = torch.tensor([[s.reader.special[0] if i < -1 else i for i in e.ids]])
-        types, given = (torch.tensor([e.ids]) < -1).long(), {}
-        for k in dict.fromkeys(-2 - i for i in e.ids if i < -1):
-            pixels, grid, kind = s.pictures[k]
-            if kind == "video":
-                row[torch.tensor([e.ids]) == -2 - k], types[torch.tensor([e.ids]) == -2 - k] = s.reader.special[1], 2
-            names = ("pixel_values", "image_grid_thw") if kind == "image" else ("pixel_values_videos", "video_grid_thw")
-            for name, x in zip(names, (pixels, grid[None])):
-                given[name] = torch.cat([given[name], x]) if name in given else x
         barred = [[i] for i in s.reader.special]
         mine = s.lm.generate(
-            input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=types, **given, max_new_tokens=12,
-            do_sample=False, bad_words_ids=barred, pad_token_id=0, use_cache=True,
-        )[0, row.shape[1] :].tolist()  # fmt: skip
+            **asked(s, e), max_new_tokens=12, do_sample=False, bad_words_ids=barred, pad_token_id=0, use_cache=True,
+        )[0, len(e.ids) :].tolist()  # fmt: skip
         assert tokens == mine[: len(tokens)] and (len(tokens) == 12 or tokens[-1] in engine.end)
     sampled = engine.generate([e.ids for e in s.task.train], 3, 9, 1.0, [7 + i for i in range(len(s.task.train))])
     rows = [(s.task.train[i // 3].ids, y) for i, (y, _, _) in enumerate(sampled)]
     batch = collate(rows)
     with torch.no_grad():
         logp, _ = s.policy(batch.ids, batch.attention_mask, batch.mask)
-    lm = s.lm.lm_head.weight
     for i, (y, said, _) in enumerate(sampled):
         assert not set(y) & set(s.reader.special)
         # what is barred has its share of the trainer's distribution, and of the sampler's none
         assert (torch.tensor(said) - logp[i][batch.mask[i]]).min() > -1e-5
-    assert len(lm) == s.lm.config.get_text_config().vocab_size
 
 
 def test_a_barred_id_is_never_drawn():
@@ -317,6 +311,8 @@ def test_rows_of_files(tmp_path):
     assert pictures[-2 - next(i for i in by["3"].ids if i < -1)][2] == "video"
     for row, line, complaint in (
         (dict(rows[0], image="img/none.png"), 1, "there is no picture .*none.png"),
+        (dict(rows[0], image=5), 1, "there is no picture 5"),
+        (5, 1, "needs an object with prompt and answer"),
         (dict(rows[0], image="rows.jsonl"), 1, "a picture cannot be read"),
         (dict(rows[0], video=["img/0.png", "img/1.png"]), 1, "several sizes"),
     ):
@@ -441,3 +437,18 @@ def test_more_videos_than_positions():
 def test_videos_of_qwen3_vl_are_refused():
     with pytest.raises(UserError, match="task scenes: has videos, which Qwen3-VL reads with time stamps"):
         start("qwen3_vl", videos=True)
+
+
+@pytest.mark.parametrize("field", ["image", "images", "video"])
+@pytest.mark.parametrize("parse", [tables.prompt_and_answer, pairs._row, demonstrations._row])
+def test_scripts_of_text_refuse_rows_with_pictures(field, parse):
+    """Else they would learn to answer without looking; a column that is empty does no harm."""
+    row = dict(prompt="how many?", answer="2", chosen="2", rejected="3", completion="2")
+    assert parse(row | {field: None}, "a:1") == parse(row, "a:1")
+    with pytest.raises(UserError, match=f"a:1: has the field {field}, and this script reads no pictures"):
+        parse(row | {field: ["a.png"]}, "a:1")
+
+
+def test_a_world_of_pictures_is_none_for_a_model_of_text(tiny, tmp_path):
+    said = user_error(run(tmp_path, "--model", tiny, "--task", "count_sum", "--max-new-tokens", 9))
+    assert said == "task count_sum: its prompts have pictures, which this script does not read"

@@ -1,16 +1,14 @@
 """xAR's worked numbers, entities, masks and samplers, what reaches what in its network, its world, and what a run logs."""
 
-import json
 import math
 import shutil
-import socket
 
 import pytest
 import torch
 
 from algos import xar as script
 from common import UserError, settings
-from tests.helpers import ROOT, checkpoints, killed, lines, outcome, run, same, start, user_error
+from tests.helpers import ROOT, checkpoints, killed, lines, outcome, run, same, user_error
 
 ENTITIES = "token cell subsample scale image".split()
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -386,31 +384,6 @@ def test_as_a_user(tmp_path):
     record.write_text(record.read_text().replace('"entity": "cell"', '"entity": "scale"'))
     with pytest.raises(UserError, match="checkpoint is of another model .Generator, "):
         script.train(script.Args(resume=str(other)))
-
-
-def test_two_ranks_are_one(tmp_path):
-    """A row more on one of them, in the batches and in the evaluation."""
-    flags = "--steps 2 --batch-size 5 --samples 17 --sampling-steps 2 --checkpoint-every 0 --dtype float64".split()
-    flags += "--max-grad-norm 0.5".split()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    children = [start(tmp_path, *flags, "--run-dir", tmp_path / "1", script=PATH)]
-    for rank in ("0", "1"):
-        env = world | dict(RANK=rank, LOCAL_RANK=rank)
-        children.append(start(tmp_path, *flags, "--run-dir", tmp_path / "2", script=PATH, env=env))
-    for child in children:
-        done = child.wait()
-        assert done.code == 0, done.err
-    for name in ("metrics", "evals"):
-        one, two = (lines(tmp_path / ranks / f"{name}.jsonl") for ranks in "12")
-        assert len(one) == len(two) == 2
-        for a, b in zip(one, two):
-            assert a.keys() == b.keys()
-            for k in [k for k in a if not k.startswith("time/")]:
-                assert b[k] == pytest.approx(a[k], rel=1e-6, abs=1e-6), (name, a["step"], k)
-    assert json.loads((tmp_path / "2" / "config.json").read_text())["world_size"] == 2
 
 
 def trained(folder, **flags):

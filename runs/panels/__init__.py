@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from common import UserError, engines, gpu, models, rewards, settings, tasks
+from common import UserError, engines, gpu, models, rewards, settings, tasks, vision
 from runs import compare, launch
 
 SEEDS = (1, 2, 3)
@@ -17,6 +17,18 @@ def start(script, **flags):
     engine = engines.make_engine(policy, tokenizer, args, models.check_context(config, task, args))
     scorer = rewards.Scorer(task.check, inline=task.inline)
     return SimpleNamespace(args=args, tokenizer=tokenizer, task=task, policy=policy, engine=engine, scorer=scorer)
+
+
+def sighted(script, **flags):
+    """As start(), of a script that reads pictures."""
+    args, config = settings.resolve(script.Args(engine="hf", **flags))
+    gpu.init(args)
+    reader = vision.load_processor(args, args.image_tokens)
+    task, pictures = vision.load(args, reader)
+    policy = vision.look(models.load(args, gpu.device()), task, pictures)
+    engine = engines.make_engine(policy, reader.tokenizer, args, models.check_context(config, task, args))
+    scorer = rewards.Scorer(task.check, inline=task.inline)
+    return SimpleNamespace(args=args, tokenizer=reader.tokenizer, task=task, policy=policy, engine=engine, scorer=scorer)
 
 
 def rows(script, flags, name, seed):

@@ -1,31 +1,20 @@
 """GRPO with pictures: held-out scenes with what the model says of them, before training and after; accuracy and length."""
 
-from types import SimpleNamespace
 
 from algos import grpo_vision
-from common import UserError, engines, gpu, models, settings, vision
+from common import UserError
 from common.worlds import tiny_vision
 from runs import launch, pictures
-from runs.panels import SEEDS, columns, metrics
+from runs.panels import SEEDS, columns, metrics, sighted
 
 SIZE = (13, 5.6)
 SHOWN = 6
 
 
-def begun(**flags):
-    """A model with its held-out prompts."""
-    args, _ = settings.resolve(grpo_vision.Args(engine="hf", task="count_sum", **flags))
-    gpu.init(args)
-    reader = vision.load_processor(args, args.image_tokens)
-    task, shown = vision.load(args, reader)
-    policy = vision.look(models.load(args, gpu.device(), trainable=False), task, shown)
-    return SimpleNamespace(args=args, reader=reader, task=task, policy=policy, engine=engines.HF(policy, reader.tokenizer))
-
-
 def said(s, examples):
     """[(greedy completion, whether it is right)]."""
     out = s.engine.generate([e.ids for e in examples], 1, s.args.max_new_tokens, 0.0, [0] * len(examples))
-    texts = [s.reader.decode(ids, skip_special_tokens=True) for ids, _, _ in out]
+    texts = [s.tokenizer.decode(ids, skip_special_tokens=True) for ids, _, _ in out]
     return [(text, s.task.check(text, e.answer)[1]) for text, e in zip(texts, examples)]
 
 
@@ -33,9 +22,9 @@ def numbers(seed):
     trained = launch.ROOT / "runs" / "compare" / f"grpo_vision-{seed}"
     if not trained.exists():
         raise UserError(f"{trained} is missing: the comparisons of runs/reference/README.md make it")
-    before = begun()
+    before = sighted(grpo_vision)
     examples = before.task.test[:SHOWN]
-    after = said(begun(model=str(trained)), examples)
+    after = said(sighted(grpo_vision, model=str(trained), task="count_sum"), examples)
     scenes = [
         dict(picture=e.pictures[0].tolist(), prompt=e.prompt, right=e.answer, before=b, after=a)
         for e, b, a in zip(examples, said(before, examples), after)

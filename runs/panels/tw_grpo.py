@@ -5,10 +5,10 @@ import dataclasses
 import statistics
 
 from algos import tw_grpo
-from common import engines, gpu, models, rewards, rollout, settings, vision
+from common import rollout
 from common.batch import read
 from common.worlds import events
-from runs.panels import SEEDS, rows
+from runs.panels import SEEDS, rows, sighted
 
 SIZE = (13.5, 7.6)
 SCENES, SHOWN = 64, 5  # held-out questions that are looked at; completions of a group that are shown
@@ -36,14 +36,9 @@ def kinds(text, n):
 
 def looked_at(seed):
     """A rollout on held-out questions at the warm start -> args, its batch with weights of both kinds, and the examples."""
-    args, config = settings.resolve(tw_grpo.Args(engine="hf", seed=seed))
-    gpu.init(args)
-    processor = vision.load_processor(args, args.image_tokens)
-    task, pictures = vision.load(args, processor)
-    policy = vision.look(models.load(args, gpu.device()), task, pictures)
-    engine = engines.make_engine(policy, processor.tokenizer, args, models.check_context(config, task, args))
-    scorer, examples = rewards.Scorer(task.check, inline=task.inline), task.test[:SCENES]
-    batch = rollout.collect(engine, scorer, processor.tokenizer, examples, args, 0)
+    s = sighted(tw_grpo, seed=seed)
+    args, policy, examples = s.args, s.policy, s.task.test[:SCENES]
+    batch = rollout.collect(s.engine, s.scorer, s.tokenizer, examples, args, 0)
     batch.reward = tw_grpo.graded(batch)
     for kind in ("k3_log_mean", "kl"):
         batch.columns[kind] = tw_grpo.importance(policy, batch, dataclasses.replace(args, divergence=kind), 0)[1]

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import torch
 
 from algos import vppo
-from common import engines, gpu, models, rewards, rollout, settings, vision
+from common import rollout
 from common.worlds import tiny_vision
 from runs import compare, launch
+from runs.panels import sighted
 
 SIZE = (13, 8.6)
 RECORD = launch.ROOT / "runs" / "reference" / "vision-vppo"
@@ -26,18 +27,6 @@ ARMS = {
 }
 KINDS = dict(count="a count", sum="the sum", text="any other")
 COLOURS = dict(dependency="tab:blue", entropy="tab:orange", random="0.55", lowest="tab:red")
-
-
-def begun(seed, **flags):
-    """What the script begins with."""
-    args, config = settings.resolve(vppo.Args(engine="hf", seed=seed, **flags))
-    gpu.init(args)
-    processor = vision.load_processor(args, args.image_tokens)
-    task, pictures = vision.load(args, processor)
-    policy = vision.look(models.load(args, gpu.device()), task, pictures)
-    engine = engines.make_engine(policy, processor.tokenizer, args, models.check_context(config, task, args))
-    scorer = rewards.Scorer(task.check, inline=task.inline)
-    return SimpleNamespace(args=args, tokenizer=processor.tokenizer, task=task, policy=policy, engine=engine, scorer=scorer)
 
 
 def rolled(s, examples, step):
@@ -111,7 +100,7 @@ def shown(s, examples):
 
 
 def numbers(seed, rollouts=8, scenes=3):
-    s = begun(seed)
+    s = sighted(vppo, seed=seed)
     P, out = s.args.prompts_per_step, dict(scenes=[])
     out["scenes"] = shown(s, s.task.test[:scenes])
     batches = [rolled(s, s.task.order(i * P, P, seed), i) for i in range(rollouts)]
