@@ -367,7 +367,7 @@ def remembered(q, logits, args):
 def answers(lm, x, positions, labels, keep):
     """Embeddings x [b, S, H] with positions [3, b, S], of which only `keep` [b, S] are read, where they stand -> (logits that
     predict the labels [m, V], these [m], the rows of either)."""
-    from common.policy import body
+    from common.gpu import body
 
     order = (~keep).byte().argsort(dim=1, stable=True)[:, : keep.sum(1).max()]
     there, rows = keep.gather(1, order), torch.arange(len(keep), device=keep.device)[:, None]
@@ -399,7 +399,7 @@ def answered(policy, q, masks, args):
 @torch.no_grad()
 def question(policy, pictures, e, answer):
     """An example and the token ids of its answer -> Question. The video goes through the eyes once."""
-    from common import UserError
+    from common import UserError, gpu
 
     ids = torch.tensor([e.ids + answer], device=policy.lm.device)
     fed = pictures(policy.lm, ids, torch.ones_like(ids).bool())
@@ -408,7 +408,7 @@ def question(policy, pictures, e, answer):
     video, positions = (ids[0] < -1).nonzero()[:, 0], fed["position_ids"]
     labels = ids.where(torch.arange(ids.shape[1], device=ids.device) >= len(e.ids), -100)
     T = int(pictures[-2 - int(ids[0, video[0]])][1][0])
-    turned = policy.body.rotary_emb(fed["inputs_embeds"], positions)
+    turned = gpu.body(policy.lm).rotary_emb(fed["inputs_embeds"], positions)
     return Question(fed["inputs_embeds"], positions, turned, labels, video, len(e.ids), T, len(video) // T)
 
 
@@ -604,7 +604,7 @@ def train(args):
     policy = vision.look(policy, task, pictures)
     if args.blind_filter:
         task.train = unanswered(policy, task, answer, args)
-    selector = Selector(policy.body.layers, args.seed).to(device, torch.promote_types(policy.lm.dtype, torch.float32))
+    selector = Selector(gpu.body(policy.lm).layers, args.seed).to(device, torch.promote_types(policy.lm.dtype, torch.float32))
     optimizer = gpu.make_optimizer(selector.heads, args)
     optimizer.add_param_group(dict(params=[*selector.layer.parameters()], lr=args.layer_lr * args.lr))
     run.restore(selector, optimizer)

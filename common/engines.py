@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from common import UserError, gpu
 from common.models import auto, end_tokens
-from common.policy import body, recorded
+from common.policy import recorded
 from common.vllm_engine import VLLM
 
 
@@ -65,7 +65,7 @@ class Decoder:
         k = next(iter(fed.values())).shape[1]
         fed = dict(position_ids=(self.attention.cumsum(1) - 1).clamp(min=0)[:, -k:] + self.ahead) | fed
         with recorded(self.lm, self.layers) as states:
-            hidden = body(self.lm)(**fed, attention_mask=self.attention, past_key_values=self.cache, use_cache=True)
+            hidden = gpu.body(self.lm)(**fed, attention_mask=self.attention, past_key_values=self.cache, use_cache=True)
             logits = self.lm.lm_head(hidden.last_hidden_state[:, -k if every else -1 :])
         if self.barred:
             logits[:, :, self.barred] = -torch.inf

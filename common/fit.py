@@ -2,8 +2,8 @@
 
 import torch
 
-from common import reason
-from common.policy import body, recorded
+from common import gpu, reason
+from common.policy import recorded
 
 
 def unfit(lm, config, sees=False):
@@ -17,7 +17,7 @@ def unfit(lm, config, sees=False):
         return "has recurrent layers, which cannot be sampled by rows that come and go"
     if getattr(getattr(lm, "lm_head", None), "bias", None) is not None:
         return "has a head with a bias, which Policy does not add"
-    if not hasattr(lm, "lm_head") or not all(hasattr(body(lm), part) for part in ("layers", "norm")):
+    if not hasattr(lm, "lm_head") or not all(hasattr(gpu.body(lm), part) for part in ("layers", "norm")):
         return "is none that Policy knows"
     return None
 

@@ -48,6 +48,8 @@ def init(args, small=False):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         tiny = small or getattr(args, "model", "tiny").startswith("tiny")
         torch.set_num_threads(1 if tiny else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if tiny:  # MKL rounds products alike on all CPUs then: a warm start, and what it leads to, are the same on most
+            os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
     torch.manual_seed(args.seed)
     for name, value in vars(args).items():
         if name.endswith("_per_step") and value % world():
@@ -116,6 +118,11 @@ def hash_seed(*numbers):
     return state >> 1
 
 
+def body(lm):
+    """The part of a model that has its layers and the final norm: all but the head, and the eyes, where it has some."""
+    return getattr(getattr(lm, "model", None), "language_model", None) or getattr(lm, "model", None)
+
+
 def shard(policy):
     """FSDP2 over all ranks, a Policy a layer at a time, any other module in one piece; gradients are summed, not averaged:
     the loss's weights are already global. One process: the policy as it is."""
@@ -126,7 +133,7 @@ def shard(policy):
 
     mesh = init_device_mesh(device().type, (world(),))
     precision = MixedPrecisionPolicy(reduce_dtype=torch.promote_types(next(policy.parameters()).dtype, torch.float32))
-    layers = policy.body.layers if hasattr(policy, "lm") else ()
+    layers = body(policy.lm).layers if hasattr(policy, "lm") else ()
     for module in (*layers, policy):
         fully_shard(module, mesh=mesh, mp_policy=precision)
         module.set_gradient_divide_factor(1.0)

@@ -9,6 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from common.gpu import body
+
 
 class Packing:
     """How a padded batch ids [b, S], attention_mask [b, S], its completions in the last T positions, goes through a model as N
@@ -71,11 +73,6 @@ AttentionInterface.register("packed", _packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def body(lm):
-    """The part of a model that has its layers and the final norm: all but the head, and the eyes, where it has some."""
-    return getattr(getattr(lm, "model", None), "language_model", None) or getattr(lm, "model", None)
-
-
 @contextlib.contextmanager
 def recorded(lm, layers):
     """Inside, a forward pass of `lm` writes hidden states [1 or b, positions, H] into the dictionary that this gives: 0 are the
@@ -113,7 +110,6 @@ class Policy(nn.Module):
     def __init__(self, lm):
         super().__init__()
         self.lm, self.pictures, config = lm, None, lm.config.get_text_config()
-        vars(self)["body"] = body(lm)  # not registered twice
         kinds = getattr(config, "sliding_window", None) or set(getattr(config, "layer_types", None) or ["full_attention"])
         self.packs = kinds == {"full_attention"} and config._attn_implementation in ("sdpa", "packed")
         self.packs = self.packs and lm._supports_attention_backend  # else packing would not reach the attention

@@ -9,6 +9,7 @@ import pytest
 # makes small models tens of times slower. Read when torch is loaded, so set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # as gpu.init() has it for tiny models; some tests make these themselves
 
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py"]
 

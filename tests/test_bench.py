@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,19 +46,20 @@ def test_lengths_are_uniform():
 
 @pytest.mark.parametrize("drops", [True, False])  # as our sampler does with rows that have ended, and as transformers' does
 def test_every_length_is_written_once(drops):
-    class Lm:
+    class Layers(torch.nn.Module):
         def forward(self, past_key_values):
-            return type("Out", (), dict(logits=torch.zeros(len(past_key_values.rows), 1, 10)))
+            return torch.zeros(len(past_key_values.rows), 1, 10)
 
     class Cache:
         def __init__(self, t, rows):
             self.rows, self.get_seq_length = rows, lambda: worker.PROMPT + t - 1
 
-    lm, lengths = Lm(), next(worker.draw_lengths(worker.Work(prompts=2)))
+    lm = SimpleNamespace(model=Layers(), lm_head=torch.nn.Identity())
+    lengths = next(worker.draw_lengths(worker.Work(prompts=2)))
     rows, written = list(range(16)), [0] * 16
     with worker.ragged(lm, lengths):
         for t in range(1, max(lengths) + 1):
-            end = lm.forward(past_key_values=Cache(t, rows)).logits[:, 0].softmax(-1)[:, 1].tolist()
+            end = lm.lm_head(lm.model(past_key_values=Cache(t, rows)))[:, 0].softmax(-1)[:, 1].tolist()
             assert set(end) <= {0.0, 1.0}
             for row, p in zip(rows, end):
                 written[row] = written[row] or int(p) * t

@@ -218,13 +218,15 @@ def test_a_run_logs_its_conflicts(tiny, tmp_path):
     limit, somebody is."""
     argv = "--task addition --steps 2 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8".split()
     rows, initial = {}, {}
-    for name, more in dict(it=(), off=("--max-entropy", 0.8, "--conflict-right", 1, "--conflict-wrong", 1)).items():
+    for name in ("it", "off"):
+        above = initial["it"] + 0.05 if initial else 0  # the start's own entropy is what there is by chance
+        more = ("--max-entropy", above, "--conflict-right", 1, "--conflict-wrong", 1) if name == "off" else ()
         done = run(tmp_path, *argv, *more, "--run-dir", tmp_path / name, script=ROOT / "algos" / "gtpo.py")
         assert done.code == 0, done.err
         rows[name] = lines(tmp_path / name / "metrics.jsonl")
         state = torch.load(tmp_path / name / "checkpoints" / "step-000002" / "state.pt", weights_only=False)
         initial[name] = state["state"]["initial_entropy"]
-    assert initial["it"] == initial["off"] and math.log(2) < initial["it"] < 0.8
+    assert initial["it"] == initial["off"] and math.log(2) < initial["it"]
     for row in rows["it"]:
         assert 0 < row["lifted"] < row["conflict"] < 1 and row["entropy_conflict"] > 0 and row["delta"] == 1
         assert row["adv_mean"] == pytest.approx(-0.1 * row["informative_groups"] * initial["it"], rel=0.3)  # -gamma H

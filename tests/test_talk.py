@@ -140,8 +140,8 @@ def test_the_likeliest_answer_comes_once(tiny, monkeypatch, capsys):
     assert p == most and re.findall(r"\[(.*?)\]", line) == [f"{x:.2f}" for x in p if x < 0.5] and min(p) < 0.4
 
 
-def test_no_color_and_cut_answers(trained, monkeypatch, capsys):
-    given = dict(model=str(trained), temperature=0.01, max_new_tokens=2, prompt="12+34=")
+def test_no_color_and_cut_answers(tiny, monkeypatch, capsys):
+    given = dict(model=str(tiny), temperature=0.01, max_new_tokens=2, prompt="12+34=")  # no answer is as short
     lit = ask(monkeypatch, capsys, "", tty=True, **given).out.splitlines()[-1]
     assert lit.endswith(" (cut after 2 tokens)") and len(re.findall(CODE, lit)) == 2
     monkeypatch.setattr(talk.sys.stdout, "isatty", lambda: True, raising=False)

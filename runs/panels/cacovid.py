@@ -44,7 +44,7 @@ def learned(s, flags, seed):
     found = sorted((launch.ROOT / "runs" / "compare" / name / "checkpoints").glob("step-*"))
     if not found:
         raise UserError(f"runs/compare/{name} is missing: the comparisons of runs/reference/README.md make it")
-    selector = cacovid.Selector(s.policy.body.layers, seed)
+    selector = cacovid.Selector(gpu.body(s.policy.lm).layers, seed)
     selector.load_state_dict(torch.load(found[-1] / "state.pt", weights_only=False, map_location="cpu")["own"])
     return selector
 
@@ -59,7 +59,7 @@ def scored(s, q, selectors, noise):
             token, frame = (cacovid.keep_score(x) for x in net(q))
             out[name].append((token.view(shape), frame))
     fed = dict(inputs_embeds=q.x[:, : q.asked], position_ids=q.positions[..., : q.asked], use_cache=False)
-    seen = s.plain.body(**fed, attention_mask=torch.ones(1, q.asked), output_attentions=True).attentions
+    seen = gpu.body(s.plain.lm)(**fed, attention_mask=torch.ones(1, q.asked), output_attentions=True).attentions
     for layer, weights in enumerate(seen, 1):  # of the last question token, the mean over heads
         out[f"attention, layer {layer}"].append((weights[0, :, -1, q.video].mean(0).view(shape), even))
     for generator in noise:

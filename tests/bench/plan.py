@@ -29,6 +29,7 @@ def step(N, H, inner, L, heads, kv_heads, V, gpus, tp):
     """-> (plan of memory_plan, seconds by stage)."""
     config = SimpleNamespace(hidden_size=H, num_hidden_layers=L, num_attention_heads=heads, num_key_value_heads=kv_heads,
                              vocab_size=V, head_dim=128, intermediate_size=inner)  # fmt: skip
+    config.get_text_config = lambda: config
     args = SimpleNamespace(
         micro_batch_tokens=8192, dtype="bfloat16", lora_rank=0, optimizer="adamw_sr", gradient_checkpointing=True,
         engine="vllm", vllm_memory=0.45, prompts_per_step=PROMPTS, group_size=GROUP,

@@ -91,27 +91,27 @@ def draw_lengths(work):
 def ragged(lm, lengths, end=1):
     """Inside, `lm` writes one completion of each of these lengths. Which row has which is left to chance: a sampler may
     keep the rows that have ended, in their places, or drop them and move the others."""
-    forward, own = lm.forward, "forward" in vars(lm)  # TRL sets one on the instance
-    ending, going, rng = Counter(lengths), set(range(len(lengths))), random.Random(0)
+    ending, going, rng, caches = Counter(lengths), set(range(len(lengths))), random.Random(0), []
 
-    def wrapped(*args, past_key_values=None, **kwargs):
-        out = forward(*args, past_key_values=past_key_values, **kwargs)
-        t, logits = past_key_values.get_seq_length() - PROMPT + 1, out.logits
+    def seen(module, args, kwargs):
+        caches[:] = [kwargs["past_key_values"]]
+
+    def written(module, args, logits):
+        t = caches[0].get_seq_length() - PROMPT + 1
         logits[..., end] = -torch.inf
         if ending[t]:
             kept = len(logits) == len(lengths)
             rows = rng.sample(sorted(going) if kept else range(len(logits)), ending[t])
             logits[rows], logits[rows, :, end] = -1e4, 0.0
             going.difference_update(rows)
-        return out
+        return logits
 
-    lm.forward = wrapped
+    hooks = [lm.model.register_forward_pre_hook(seen, with_kwargs=True), lm.lm_head.register_forward_hook(written)]
     try:
         yield
     finally:
-        del lm.forward
-        if own:
-            lm.forward = forward
+        for hook in hooks:
+            hook.remove()
 
 
 def ours(work, folder, prompts):
