@@ -106,7 +106,7 @@ def _folder(args, warm, fresh):
     source = tasks.source(args)
     world = tasks.warmed(warm, source) or vars(args).get("task") and not os.path.exists(source) and tasks.load(source)
     if not world or world.demonstrate is None:
-        known = tasks.worlds_with("demonstrations")
+        known = tasks.worlds_with("pictures" if getattr(args, "sees", False) else "demonstrations")
         raise UserError(f"the tiny model is warm-started on a built-in task ({known}); for {source} give --model")
     return (world.makers or tiny).warm_start(world, name, fresh=fresh)
 

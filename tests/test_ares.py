@@ -143,7 +143,7 @@ def test_a_run_is_dapo_until_there_are_statistics(tiny, tmp_path):
     """Bit for bit in the first rollout, without rho; then lambda, N and the KL weight are logged."""
     argv = "--task addition --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8 --beta 0.01".split()
     argv += "--eps-high 0.28 --overlong-weight 0 --checkpoint-every 1".split()
-    arms = dict(base=("dapo", "--steps", 1), plain=("ares", "--steps", 1, "--rho", 1), mine=("ares", "--steps", 2))
+    arms = dict(base=("dapo", "--steps", 1), plain=("ares", "--steps", 1, "--rho", 1), mine=("ares", "--steps", 5))
     weights, rows = {}, {}
     for name, (script, *more) in arms.items():
         done = run(tmp_path, *argv, *more, "--run-dir", tmp_path / name, script=ROOT / "algos" / f"{script}.py")
@@ -159,8 +159,9 @@ def test_a_run_is_dapo_until_there_are_statistics(tiny, tmp_path):
     for row in rows["mine"]:
         assert set(names) < set(row) and row["tau"] > 0
         assert sum(row[f"share_{d}"] for d in BUCKETS) == pytest.approx(1)
-        assert all(0.5 <= row[f"kl_weight_{d}"] < 1 for d in BUCKETS if row[f"share_{d}"])
-        assert row["n_he_hard"] > 0 and row["accuracy_hard"] < 0.375
+        assert all(0.5 <= row[f"kl_weight_{d}"] <= 1 for d in BUCKETS if row[f"share_{d}"])
+        assert row["accuracy_hard"] < 0.375
+    assert any(row["n_he_hard"] > 0 and row["kl_weight_hard"] < 1 for row in rows["mine"])
     first, *later = rows["mine"]
     assert first["reward"] == rows["plain"][0]["reward"]
     assert not any(first[f"lam_{d}"] for d in BUCKETS)

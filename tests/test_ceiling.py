@@ -30,7 +30,7 @@ def test_command(tiny, tmp_path, capsys):
     options = ceiling.Options(task="addition", updates=(1, 8), batch=16, out=str(tmp_path / "x" / "ceiling.json"))
     ceiling.main(options)
     found = json.loads((tmp_path / "x" / "ceiling.json").read_text())["greedy_accuracy"]
-    assert list(found) == ["1", "8"] and abs(found["1"] - 0.07) < 0.05 and found["8"] > found["1"] + 0.05
+    assert list(found) == ["1", "8"] and found["1"] < 0.15 and found["8"] > found["1"] + 0.05
     assert f"8 updates: greedy accuracy {found['8']:.3f}" in capsys.readouterr().out
 
 

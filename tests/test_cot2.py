@@ -237,7 +237,8 @@ QUIET = SimpleNamespace(stop=None, main=True)
 
 @pytest.fixture(scope="module")
 def start():
-    s = made(args(csft_steps=60, csft_batch=64))
+    """In float64: a log-density on many tokens is several hundred, whose parts float32 rounds by 1e-4 and more."""
+    s = made(args(csft_steps=60, csft_batch=64), "float64")
     cot2.stage(s.policy, s.task, s.tokenizer, s.args, QUIET)
     return s
 
@@ -258,8 +259,7 @@ def test_the_training_pass_sees_what_was_fed(start, way):
     logp, entropy = read(start.policy, batch, a, how=cot2.replay)
     soft = batch.columns["given"][:, :, 0] > 0
     assert len(batch.ids) == 128 and soft[:, :3].all() and not soft[:, 3:].any() and batch.mask.all()
-    spacing = 2e-7 * logp.abs()  # a log-density on many tokens is several hundred, where float32's numbers are 6e-5 apart
-    assert ((logp - batch.sampler_logp).abs() < 5e-5 + spacing).all() and (entropy > 0).all()
+    assert ((logp - batch.sampler_logp).abs() < 5e-5).all() and (entropy > 0).all()
     if way.get("k") != 1:
         plain, _ = read(start.policy, batch, a)
         assert (plain - logp)[:, 3].abs().max() > 0.01

@@ -392,7 +392,7 @@ def test_a_run_and_the_same_in_two_halves(tmp_path):
         assert r["kept"] == r["accuracy"] == r["adv_mean"] > 0 and r["ratio_max"] > 0.99
         assert 0 < r["teacher_kl"] < 0.2 and r["w"] == pytest.approx(1, abs=0.1) and 0.3 < r["w_above_1"] < 0.9
         assert r["w_capped"] == 0 and 1 < r["w_max"] < 200 and 1 < r["right_length"] <= 48
-        assert 0.8 < r["w_first"] < 1.3 and 0.8 < r["w_elsewhere"] < 1.3 and 0.9 < r["w_answer"] < 1.5
+        assert 0.5 < r["w_first"] < 2 and 0.5 < r["w_elsewhere"] < 2 and 0.5 < r["w_answer"] < r["w_max"]
     samples = lines(tmp_path / "whole" / "samples.jsonl")[:4]
     for s in samples:  # the first step shows every token, and w where it was learnt from
         assert len(s["columns"]["w"]) == len(s["tokens"]) and all((x > 0) == (s["reward"] == 1) for x in s["columns"]["w"])

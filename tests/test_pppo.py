@@ -179,9 +179,19 @@ def test_eta_grows_in_a_run_and_continuations_begin_with_their_prefixes(tmp_path
     assert len(seen) == 6 and all(same for same, _ in seen) and seen[0][1] <= 5 < seen[-1][1]
 
 
+QUARTER = """
+import zlib
+
+def check(text, answer):  # right is about every fourth text, whatever a model has learnt
+    return float(zlib.crc32(text.encode()) % 4 == 0)
+"""
+
+
 def test_the_filter_is_on_the_rewards(tiny, tmp_path):
     """Groups that are all wrong are kept where their beginnings differ."""
-    argv = "--task addition --steps 2 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8".split()
+    (tmp_path / "mine.py").write_text(QUARTER)
+    argv = ["--model", tiny, "--reward", f"{tmp_path}/mine.py:check", "--prompt-template", "{prompt}", "--task", "addition"]
+    argv += "--steps 2 --prompts-per-step 8 --group-size 4 --minibatches 2 --eval-prompts 8".split()
     done = run(tmp_path, *argv, "--max-gen-batches", "1", "--run-dir", tmp_path / "run", script=ROOT / "algos" / "pppo.py")
     assert done.code == 0, done.err
     assert min(r["informative_groups"] for r in lines(tmp_path / "run" / "metrics.jsonl")) < 1

@@ -313,10 +313,21 @@ def test_mistakes():
 
 SMALL = "--steps 1 --prompts-per-step 1 --group-size 8 --minibatches 1 --eval-prompts 2".split()
 
+TURNS = """
+import itertools
+
+turn = itertools.cycle((0.0, 0.0, 1.0))
+
+def check(text, answer):  # a group has right and wrong ones then, whatever the model says
+    return next(turn)
+"""
+
 
 def ran(tmp_path, name, *argv):
     """-> metrics, samples of the first prompt, {column: [n, T]} and mask of these, and the bytes of the weights."""
-    done = run(tmp_path, *SMALL, *argv, "--run-dir", tmp_path / name, script=ROOT / "algos" / "vppo.py")
+    (tmp_path / "mine.py").write_text(TURNS)
+    argv = [*SMALL, *argv, "--reward", f"{tmp_path}/mine.py:check", "--run-dir", tmp_path / name]
+    done = run(tmp_path, *argv, script=ROOT / "algos" / "vppo.py")
     assert done.code == 0, done.err
     (metrics,), samples = lines(tmp_path / name / "metrics.jsonl"), lines(tmp_path / name / "samples.jsonl")
     width, columns = max(len(s["tokens"]) for s in samples), {}

@@ -1,6 +1,6 @@
 """Built-in tasks, a file each, found by its name: `task()` or `task(option)` returns a common.tasks.Task. A world imports
 common.tasks, and nothing imports a world. HAS says which have demonstrations, for a tiny model's warm start, which have
-pairs, for preferences, and which have answers that are worked solutions."""
+them with pictures, which have pairs, for preferences, and which have answers that are worked solutions."""
 
 from common.tasks import HELD_OUT, Example, Task
 

@@ -9,7 +9,7 @@ from common import UserError
 from common.tasks import Example, Task
 from common.worlds import tiny_vision
 
-HAS = ("demonstrations",)
+HAS = ("pictures",)  # demonstrations of prompts with pictures
 TRAIN, TEST = 4096, 256
 BEFORE, LINKS, BEHIND = ("", "so ", "well ", "i see "), (",", " and ", " plus ", " then "), ("", " so", " thus", " hence")
 OFF = 0.4

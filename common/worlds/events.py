@@ -10,7 +10,7 @@ from common import UserError
 from common.tasks import Example, Task
 from common.worlds import tiny_vision
 
-HAS = ("demonstrations",)
+HAS = ("pictures",)  # demonstrations of prompts with pictures
 TRAIN, TEST = 4096, 256
 THINGS = dict(zip("ABCD", tiny_vision.COLOURS))  # boxes: A red, B green, C blue, D gold
 EVENTS = ("moved", "stayed", "left")
