@@ -4,8 +4,9 @@ A curve is a list of [(x, y), ...], one list a seed; drawn are its mean and the 
 """
 
 import statistics
-import textwrap
 from dataclasses import dataclass, field
+
+from common.figures import curve, markdown, pyplot, wrapped
 
 GREY, OWN, WIDE, DPI = "0.55", "tab:blue", 10.6, 110  # WIDE: inches, as wide as a page shows a picture
 
@@ -55,27 +56,6 @@ class Section:
     ticks: list | None = None  # what stands at x = 0, 1, 2, ...
 
 
-def pyplot():
-    """matplotlib.pyplot, writing to files only."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def curve(axis, seeds, colour, **look):
-    """Mean and band of a curve as far as all seeds go; nothing where a seed has no point. -> its line."""
-    n = min(map(len, seeds))
-    if not n:
-        return None
-    xs = [x for x, _ in seeds[0][:n]]
-    values = list(zip(*([y for _, y in points[:n]] for points in seeds)))
-    axis.fill_between(xs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.2, lw=0)
-    return axis.plot(xs, [statistics.mean(v) for v in values], color=colour, **look)[0]
-
-
 def multiples(sections, path, x, head):
     """Sections of small multiples, one below the other. `x`: what is on every x axis; `head`: the line on top."""
     plt = pyplot()
@@ -118,11 +98,6 @@ def _panel(axis, section, panel, small):
         axis.set_xlim(-0.4, len(section.ticks) - 0.6)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.25)
-
-
-def wrapped(label, width):
-    """A label on several lines, broken at its commas."""
-    return "\n".join(textwrap.wrap(label.replace(",", ", "), width, break_long_words=False)).replace(", ", ",")
 
 
 def points(curves, metric):
@@ -248,9 +223,3 @@ def apart(found):
         return ["", ""]
     interval = "" if found["low"] is None else f" ({found['low']:+.3f} to {found['high']:+.3f})"
     return [f"{found['mean']:+.3f}{interval}", found["verdict"]]
-
-
-def markdown(heads, rows):
-    """A table of cells."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
