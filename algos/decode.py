@@ -57,6 +57,7 @@ class Args:
     dtype: Literal["float32", "bfloat16", "float64"] | None = None
     """of the weights"""
 
+    # Decoding
     limits = dict(items="1 <= x", temperature="0 <= x")
     tiny_preset = dict(task="addition")
 
