@@ -83,13 +83,14 @@ def draw(items, path):
         small = [p for p in found["panels"] if p["kind"] != "tokens"]
         rows = [small[i : i + 3] for i in range(0, len(small), 3)] + [[p] for p in found["panels"] if p["kind"] == "tokens"]
         plans += [(title if i == 0 else "", row) for i, row in enumerate(rows)]
+    widest = max((len(row) for _, row in plans if row[0]["kind"] != "tokens"), default=1)
     heights = [2.9 if row[0]["kind"] != "tokens" else 0.35 + 0.28 * _lines(row[0]) for _, row in plans]
     figure = plt.figure(figsize=(WIDE, sum(heights) + 0.3), layout="constrained")
     parts = figure.subfigures(len(plans), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, row) in zip(parts, plans):
         if title:
             part.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-        columns = 1 if row[0]["kind"] == "tokens" else 3 if len(plans) > 1 else len(row)
+        columns = 1 if row[0]["kind"] == "tokens" else widest
         for axis, panel in zip(part.subplots(1, columns, squeeze=False)[0], [*row, *[None] * (columns - len(row))]):
             _panel(axis, panel) if panel else axis.set_axis_off()
     figure.savefig(path, dpi=DPI)

@@ -32,8 +32,8 @@ def collect(engine, scorer, tokenizer, examples, args, step, given=None, n=None,
     answers, scores = scorer(texts, gold)
     accuracy = _unless_cut(torch.tensor(scores), ~truncated)
     reward = accuracy.clone()
-    if args.format_reward:
-        reward += args.format_reward * torch.tensor([has_format(t) for t in texts]).float()
+    if weight := vars(args).get("format_reward"):
+        reward += weight * torch.tensor([has_format(t) for t in texts]).float()
     ids = torch.tensor([examples[i].id for i in owner])
     found = dict(sampler_logp=logp, truncated=truncated, accuracy=accuracy, reward=reward, prompt_id=ids)
     for name, value in (found | dict(policy_version=torch.full((B,), step))).items():

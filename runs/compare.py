@@ -9,7 +9,8 @@ python -m runs.compare --redraw --out runs/reference/x            the picture ag
 What follows -- goes to every script. What follows @ is the --data of a script that learns from pairs, or the
 --task of another, and what follows a comma a further flag of that script alone, in place of one for all. In
 flags {seed} is the seed: grpo,model=runs/compare/sft-{seed}. A finished run is not made again, unless the code
-has changed since. An item is compared with the first one on the same data.
+has changed since. An item is compared with the first one on the same data. Of scripts that write results.json the tables
+of their rows are merged over seeds; what a method is compared with stands in its own table.
 """
 
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import tyro
 
-from common import UserError, reason
+from common import UserError, figures, reason
 from runs import launch, pictures
 
 # Of a difference: the first that there is.
@@ -55,8 +56,10 @@ def parts(item):
 
 
 def kind(item):
-    """How an item's runs are summarised: "alone", "pairs", "supervised" or "online"; None: not at all."""
+    """How an item's runs are summarised: "results", "alone", "pairs", "supervised" or "online"; None: not at all."""
     text = (launch.ROOT / "algos" / f"{parts(item)[0]}.py").read_text()
+    if "\ndef results(rows, args)" in text:
+        return "results"
     if "\nStand-alone: " in text:
         return "alone"
     if "\n    pairs_per_step:" in text:
@@ -309,13 +312,43 @@ def made(items, options, extra):
     data = {i: config["args"].get("data" if of == "pairs" else "task", "") for i, config in configs.items()}
     summaries = {i: summary(fs, of) for i, fs in folders.items()}
     return dict(
-        command="python -m runs.compare " + " ".join(sys.argv[1:]),
+        command=command(),
         versions=configs[items[0]]["versions"],
         data=data,
         summary=summaries,
         differences=differences(summaries, data),
         curves={i: [curve(f, of) for f in fs] for i, fs in folders.items()},
     )
+
+
+def merged(items, options, extra):
+    """As made(), of scripts that write results.json: the record {command, versions, results {item: merged}}."""
+    folders = each(run, items, options, extra)
+    found = {}
+    for item, of in folders.items():
+        try:
+            found[item] = figures.merge([json.loads((f / "results.json").read_text()) for f in of])
+        except LookupError as error:
+            raise UserError(f"{item}: its seeds have different rows or panels ({reason(error)})") from None
+    config = json.loads((folders[items[0]][0] / "config.json").read_text())
+    return dict(command=command(), versions=config["versions"], results=found)
+
+
+def command():
+    """What was typed."""
+    return "python -m runs.compare " + " ".join(sys.argv[1:])
+
+
+def show(record, out):
+    """Draws the picture of a record, prints its tables."""
+    if "results" in record:
+        several = len(record["results"]) > 1
+        figures.draw({parts(i)[2] if several else "": found for i, found in record["results"].items()}, f"{out}.png")
+        for item, found in record["results"].items():
+            print(f"{item}\n\n{figures.table(found)}\n")
+        return
+    draw(record, f"{out}.png")
+    print(pictures.table(record["summary"], differences(record["summary"], data_of(record))))
 
 
 def main(options, extra):
@@ -325,11 +358,10 @@ def main(options, extra):
     if options.redraw:
         record = recorded(out)
     else:
-        record = made(items, options, extra)
+        record = (merged if kind(items[0]) == "results" else made)(items, options, extra)
         out.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{out}.json").write_text(json.dumps(record) + "\n")
-    draw(record, f"{out}.png")
-    print(pictures.table(record["summary"], differences(record["summary"], data_of(record))))
+    show(record, out)
     print(f"wrote {out}.png" + ("" if options.redraw else f" and {out}.json"))
 
 
