@@ -81,7 +81,8 @@ def scores(logp, entropy, mask, args):
     """Log-probs and entropies of responses' tokens [B, T], mask [B, T] -> {name: [B]}, larger = surer."""
     n, logp = mask.sum(1).clamp(min=1), logp.masked_fill(~mask, 0.0)
     most = entropy.masked_fill(~mask, 0.0).amax(1)
-    return dict(sum=logp.sum(1), mean=logp.sum(1) / n, minimum=logp.amin(1), entropy=-most, length=-n.float())
+    length = -mask.sum(1).float()
+    return dict(sum=logp.sum(1), mean=logp.sum(1) / n, minimum=logp.amin(1), entropy=-most, length=length)
 
 
 # ---------------------------------------------------------------- what is measured

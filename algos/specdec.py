@@ -115,8 +115,8 @@ def verify(p, q, ids, uniforms):
 
 
 def read_on(reader, text, n, V):
-    """A Decoder that has read a beginning of a text, and perhaps something else behind it -> the logits [n, V] behind each of
-    the text's last n tokens, after reading what it had not."""
+    """A Decoder that has read a beginning of a text, and perhaps something else than its last n tokens behind that -> the
+    logits [n, V] behind each of these, after reading what it had not."""
     there = reader.attention.shape[1]
     reader.crop(max(0, there - (len(text) - n)))
     new = text[reader.attention.shape[1] :]

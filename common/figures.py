@@ -68,8 +68,9 @@ def table(found):
     def cell(values):
         if values is None or None in values:
             return "not defined" if values else ""
-        mean = f"{statistics.mean(values):.3f}"
-        return f"{mean} ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else mean
+        mean, low, high = (f"{x:.3f}" if x == 0 or abs(x) >= 5e-4 else f"{x:.0e}"
+                           for x in (statistics.mean(values), min(values), max(values)))  # fmt: skip
+        return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
     heads = list(dict.fromkeys(c for columns in found["table"].values() for c in columns))
     return markdown(["", *heads], [[row, *(cell(of.get(c)) for c in heads)] for row, of in found["table"].items()])

@@ -1,0 +1,119 @@
+"""Scripts that train no policy, as a user runs them: killed at any moment and resumed they write the bytes of a whole run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+
+import pytest
+
+from common import figures, items
+from tests.helpers import ROOT, lines, run, start, user_error
+
+TEXTS = {p.stem: p.read_text() for p in sorted((ROOT / "algos").glob("*.py"))}
+SCRIPTS = [name for name, text in TEXTS.items() if "\ndef main(args)" in text]
+FILES = ("items.jsonl", "results.json")
+# What makes a script's run small.
+OWN = dict(
+    decode="--items 6",
+    specdec="--items 4 --lengths 2 5 --confidences 0.8",
+    score="--items 9 --batch 4 --task addition",
+)
+
+
+def flags(name):
+    return OWN[name].split()
+
+
+def read(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """name -> (folder of a whole run, what it printed), made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            done = run(folder, *flags(name), "--run-dir", folder / "run", script=ROOT / "algos" / f"{name}.py")
+            assert done.code == 0, done.err
+            made[name] = folder / "run", done.out
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_a_run_leaves(name, whole):
+    """Lines, results by the contract, a picture, a last line; and results() needs nothing but the lines."""
+    folder, out = whole(name)
+    found = json.loads((folder / "results.json").read_text())
+    assert found["table"] and found["panels"] and (folder / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    kinds = {"lines", "points", "bars", "heat", "tokens"}
+    assert {p["kind"] for p in found["panels"]} <= kinds and all(p["title"] and p["of"] for p in found["panels"])
+    numbers = [v for row in found["table"].values() for v in row.values()]
+    assert numbers and all(v is None or isinstance(v, (int, float)) for v in numbers)
+    assert figures.table(figures.merge([found, found])).count("\n") == len(found["table"]) + 1
+    assert any(c.isdigit() for c in out.splitlines()[-1]) and "| --- |" in out
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_and_resumed_it_writes_the_same_bytes(name, whole, tmp_path):
+    """Killed when it has written so many lines, at a moment of its own, perhaps in the middle of one."""
+    folder, _ = whole(name)
+    script, path = ROOT / "algos" / f"{name}.py", tmp_path / "run" / "items.jsonl"
+    n = len(lines(folder / "items.jsonl"))
+    enough = random.Random(name).randrange(1, n) if n > 1 else 1
+    child = start(tmp_path, *flags(name), "--run-dir", path.parent, script=script)
+    child.until(lambda: path.exists() and path.read_bytes().count(b"\n") >= enough)
+    os.kill(child.pid, signal.SIGKILL)
+    child.process.join()
+    if not (path.parent / "results.json").exists():  # else it was quicker
+        with open(path, "a") as file:
+            file.write('{"item": ')
+    done = run(tmp_path, "--resume", path.parent, script=script)
+    assert done.code == 0, done.err
+    assert read(path.parent) == read(folder)
+
+
+def test_a_batch_that_is_half_there_is_measured_again(whole, tmp_path):
+    """Three lines of a batch of four are gone, and the next batch begins where it would have begun."""
+    folder, _ = whole("score")
+    for kept in (3, 4, 7, 8):
+        copy = tmp_path / str(kept)
+        shutil.copytree(folder, copy)
+        rows = (copy / "items.jsonl").read_bytes().splitlines(keepends=True)
+        (copy / "items.jsonl").write_bytes(b"".join(rows[:kept]) + rows[kept][:9])
+        assert items._whole_lines(copy / "items.jsonl", 4, 9) == kept // 4 * 4
+        assert (copy / "items.jsonl").read_bytes() == b"".join(rows[: kept // 4 * 4])
+
+
+def test_ctrl_c_stops_behind_an_item(whole, tmp_path):
+    folder, _ = whole("decode")
+    script, path = ROOT / "algos" / "decode.py", tmp_path / "run" / "items.jsonl"
+    child = start(tmp_path, "--items", 200, "--run-dir", path.parent, script=script)
+    assert child.until(lambda: path.exists() and path.read_bytes().count(b"\n") >= 2)
+    os.kill(child.pid, signal.SIGINT)
+    done = child.wait()
+    assert done.code == 0 and done.out.splitlines()[-1].startswith("stopped after item ")
+    n = len(lines(path))
+    assert 2 <= n < 200 and path.read_bytes()[-1:] == b"\n" and not (path.parent / "results.json").exists()
+    assert lines(path)[:2] == lines(folder / "items.jsonl")[:2]
+
+
+def test_mistakes(whole, tmp_path):
+    folder, _ = whole("decode")
+    script = ROOT / "algos" / "decode.py"
+    assert "already holds a run" in user_error(run(tmp_path, "--run-dir", folder, script=script))
+    assert "--items is 6 there, not 7" in user_error(run(tmp_path, "--resume", folder, "--items", 7, script=script))
+    assert "--items must be at least 1" in user_error(run(tmp_path, "--items", 0, script=script))
+    assert "--temperature must be at least 0" in user_error(run(tmp_path, "--temperature", "-1", script=script))
+
+
+def test_numbers_that_json_has_not_are_refused(tmp_path):
+    made = items.Items.__new__(items.Items)
+    with open(tmp_path / "x", "w") as made.file, pytest.raises(ValueError):
+        made.write(dict(x=float("nan")))
