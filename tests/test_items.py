@@ -18,6 +18,8 @@ FILES = ("items.jsonl", "results.json")
 OWN = dict(
     decode="--items 6",
     specdec="--items 4 --lengths 2 5 --confidences 0.8",
+    ccp="--items 5",
+    dc_pdd="--items 40 --batch 16 --untrained",
     score="--items 9 --batch 4 --task addition",
 )
 
