@@ -39,6 +39,7 @@ from typing import Literal
 
 import torch
 
+
 @dataclass
 class Args:
     model: str = "tiny"
@@ -67,7 +68,7 @@ class Args:
     """K, the generated token among them (code)"""
     nli: str | None = None
     """hub id or folder of a classifier of pairs (code: microsoft/deberta-large-mnli); not for the built-in persons"""
-    function_words: str = "a an and are as at be been by for from had has have he her his in is it its of on or she that the to was"
+    function_words: str = "a an and are as at be by for from had has have he her his in is it its of on or she that the to was"
     """words that say nothing by themselves: their CCP is 1 (paper: a list of NLTK's)"""
 
 

@@ -24,8 +24,8 @@ members, seen once, twice or four times as often. Of a model trained later than 
 writing detects the date (WikiMIA): members and others have to be from one source.
 
 Family: audit
-Differs from score.py in: task, prompt_template, system_prompt, seed, items, max_new_tokens, stop, temperature, engine, vllm_memory,
-    vllm_tp, scores, given, results, main, frequencies, moments, first_occurrences, divergence, least
+Differs from score.py in: task, prompt_template, system_prompt, seed, items, max_new_tokens, stop, temperature, engine,
+    vllm_memory, vllm_tp, scores, given, results, main, frequencies, moments, first_occurrences, divergence, least
 Measures: results
 World: texts
 Costs: one forward pass over each text, and one count of the reference corpus.
