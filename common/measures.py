@@ -58,10 +58,11 @@ def deferral(score, small, large):
     """What is gained by asking a large model: score [n], the greater the surer of the small one, quality [n] of both ->
     ([[share that is deferred, mean quality], ...] from none to all, the least sure first, and its area). Equal scores are
     deferred by the mean of all their orders."""
-    score, gain = numpy.asarray(score, float), numpy.asarray(large, float) - numpy.asarray(small, float)
+    score, small, large = (numpy.asarray(x, float) for x in (score, small, large))
+    gain = large - small
     order = numpy.argsort(score, kind="stable")
     _, group, n = numpy.unique(score[order], return_inverse=True, return_counts=True)
     gain = (numpy.bincount(group, gain[order]) / n)[group]
-    quality = (float(numpy.sum(small)) + numpy.concatenate([[0.0], numpy.cumsum(gain)])) / len(score)
+    quality = (small.sum() + numpy.concatenate([[0.0], numpy.cumsum(gain)])) / len(score)
     share = numpy.linspace(0, 1, len(score) + 1)
     return [[float(x), float(y)] for x, y in zip(share, quality)], float(numpy.trapezoid(quality, share))
