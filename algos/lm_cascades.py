@@ -154,7 +154,7 @@ def fit(router, features, small, large, fitted, chosen, seed, args):
 
 
 def families(args, steps):
-    """-> Task: cF= gives the letters up to F, s12+34= the sum, d1234= the sum of the digits modulo 10. Its train prompts are
+    """-> Task: cF= gives the letters up to F, s12+34= the sum, d123= the sum of the digits modulo 10. Its train prompts are
     for the warm start, of so many steps, its test prompts the items, args.items by the seed, of which some were trained on."""
     from random import Random
 
@@ -172,7 +172,8 @@ def families(args, steps):
         kind = rng.choice("csd")
         if kind == "c":
             return f"c{rng.choice(letters)}="
-        return f"d{rng.randrange(10**4):04d}=" if kind == "d" else f"s{rng.randrange(100)}+{rng.randrange(100)}="
+        a, b = (rng.randrange(10 ** rng.choice((1, 2))) for _ in range(2))
+        return f"d{rng.randrange(1000):03d}=" if kind == "d" else f"s{a}+{b}="
 
     def some(rng, n):
         return [tasks.Example(i, p, answer(p)) for i, p in enumerate(make(rng) for _ in range(n))]
@@ -181,7 +182,7 @@ def families(args, steps):
     return tasks.Task(
         "families", train, shown, lambda text, gold: (text, float(text == gold)), True,
         lambda rng, e, careful: e.answer, max_new_tokens=28,
-        recipe=dict(steps=steps, careful_steps=10**6, careful=1.0, batch=64, lr=5e-3),
+        recipe=dict(steps=steps, careful_steps=10**6, careful=1.0, batch=64, lr=3e-3),
     )  # fmt: skip
 
 

@@ -54,11 +54,13 @@ def publish(folder, results):
 
 def merge(runs):
     """[results, one a seed] -> the same, with a list of numbers, one a seed, for every number of the table, and a list of what
-    each seed has for every label of a panel. KeyError where seeds have different rows, panels or labels."""
+    each seed has for every label of a panel, of tokens the first seed's. KeyError where seeds have other rows or labels."""
     first = runs[0]
     rows = {r: {c: [run["table"][r][c] for run in runs] for c in columns} for r, columns in first["table"].items()}
-    of = [{k: [run["panels"][i]["of"][k] for run in runs] for k in p["of"]} for i, p in enumerate(first["panels"])]
-    panels = [p | dict(of=x) for p, x in zip(first["panels"], of)]
+    panels = []
+    for i, p in enumerate(first["panels"]):
+        shown = runs[:1] if p["kind"] == "tokens" else runs
+        panels.append(p | dict(of={k: [run["panels"][i]["of"][k] for run in shown] for k in p["of"]}))
     return dict(table=rows, panels=panels)
 
 

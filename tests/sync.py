@@ -46,6 +46,12 @@ EXCEPTIONS = {
     "soft_tokens": (79, 20, "a thought is a vector: fed, shown and kept by one function, and read again by another's density"),
     "cot2": (162, 27, "two stages, supervised and RL; thoughts that are fed, drawn in two ways, and seen again"),
     "atp_latent": (255, 50, "a curriculum of its own before the RL: heads, a decoder, four losses, gradients through latents"),
+    "specdec": (117, 47, "two models with a cache each, and four functions where decode.py has one line"),
+    "specdec_pp": (126, 40, "a small network of its own: its labels, its fit, and a rule that asks it while drafting"),
+    "byte_level": (297, 58, "its state is a set of sequences: a tokenizer is read as one of bytes, and two models are asked"),
+    "ccp": (181, 73, "claims and their alternatives: another model judges pairs, and a text is cut into what it claims"),
+    "dc_pdd": (160, 68, "texts without prompts: a corpus is counted, three readings of a law, and no sampling"),
+    "lm_cascades": (181, 96, "two models that answer, a network that is fitted to both, and a choice on items of its own"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),
 }
 

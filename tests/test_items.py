@@ -18,9 +18,15 @@ FILES = ("items.jsonl", "results.json")
 OWN = dict(
     decode="--items 6",
     specdec="--items 4 --lengths 2 5 --confidences 0.8",
+    byte_level="--items 6",
     ccp="--items 5",
+    coin="--items 3 --problems 12 --verified 8 --fit-steps 2 --verifier-steps 1",
     dc_pdd="--items 40 --batch 16 --untrained",
+    lm_cascades="--items 48 --epochs 2",
+    magic_word="--items 2 --exact 1 --lengths 2 --iterations 2 --candidates 4 --bound-prompts 50",
     score="--items 9 --batch 4 --task addition",
+    specdec_pp="--items 4 --lengths 2 --confidences 0.8 --thresholds 0.5 --label-samples 64 --head-epochs 1",
+    tokenprober="--items 3 --budget 20 --examples 200 --epochs 1 --copies 1 --fresh 4",
 )
 
 
