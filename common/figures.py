@@ -102,7 +102,7 @@ def draw(items, path):
 
 def _panel(axis, panel):
     of, kind = panel["of"], panel["kind"]
-    axis.set_title(wrapped(panel["title"], 44), fontsize=9)
+    axis.set_title(wrapped(panel["title"], 110 if kind == "tokens" else 44), fontsize=9)
     if kind == "tokens":
         return _tokens(axis, of)
     colours = dict(zip(of, pyplot().get_cmap("tab10").colors * 3))
