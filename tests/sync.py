@@ -49,6 +49,7 @@ EXCEPTIONS = {
     "specdec": (117, 47, "two models with a cache each, and four functions where decode.py has one line"),
     "specdec_pp": (126, 40, "a small network of its own: its labels, its fit, and a rule that asks it while drafting"),
     "byte_level": (297, 58, "its state is a set of sequences: a tokenizer is read as one of bytes, and two models are asked"),
+    "east": (169, 60, "an agent's episodes around the sampler, rows steered at once, and a direction found before them"),
     "ccp": (181, 73, "claims and their alternatives: another model judges pairs, and a text is cut into what it claims"),
     "dc_pdd": (160, 68, "texts without prompts: a corpus is counted, three readings of a law, and no sampling"),
     "lm_cascades": (181, 96, "two models that answer, a network that is fitted to both, and a choice on items of its own"),

@@ -22,6 +22,7 @@ OWN = dict(
     ccp="--items 5",
     coin="--items 3 --problems 12 --verified 8 --fit-steps 2 --verifier-steps 1",
     dc_pdd="--items 40 --batch 16 --untrained",
+    east="--items 4 --runs 6 --samples 10 --temperatures 2 --strengths 0.3",
     lm_cascades="--items 48 --epochs 2",
     magic_word="--items 2 --exact 1 --lengths 2 --iterations 2 --candidates 4 --bound-prompts 50",
     score="--items 9 --batch 4 --task addition",
