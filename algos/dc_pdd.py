@@ -26,7 +26,7 @@ writing detects the date (WikiMIA): members and others have to be from one sourc
 Family: audit
 Differs from score.py in: task, prompt_template, system_prompt, seed, items, max_new_tokens, stop, temperature, engine,
     vllm_memory, vllm_tp, scores, given, results, main, frequencies, moments, first_occurrences, divergence, least
-Measures: results
+Measures: results, tpr_at_fpr
 World: texts
 Costs: one forward pass over each text, and one count of the reference corpus.
 Run:   python algos/dc_pdd.py                                   CPU, seconds and a warm start
@@ -142,15 +142,15 @@ def texts(args):
 
     g = torch.Generator().manual_seed(gpu.hash_seed(args.seed, 21))
     V, T = 400, 40
-    after = torch.randint(V, (V, 8), generator=g)
+    after = torch.randint(V, (V, 8), generator=g).tolist()
     laws = {s: (torch.arange(1, V + 1).double() ** -s) for s in (0.6, 1.6)}
 
     def text(style):
         free = torch.multinomial(laws[style], T, replacement=True, generator=g).tolist()
-        rule, which = torch.rand(T, generator=g) < 0.35, torch.randint(8, (T,), generator=g)
+        rule, which = (torch.rand(T, generator=g) < 0.35).tolist(), torch.randint(8, (T,), generator=g).tolist()
         said = free[:1]
         for i in range(1, T):
-            said.append(int(after[said[-1], which[i]]) if rule[i] else free[i])
+            said.append(after[said[-1]][which[i]] if rule[i] else free[i])
         return " ".join(f"w{w}" for w in said)
 
     def some(n):
@@ -173,6 +173,16 @@ def texts(args):
 # ---------------------------------------------------------------- what is measured
 
 
+def tpr_at_fpr(score, label, most=0.05):
+    """The greatest share of the 1s that a threshold finds while at most `most` of the 0s are taken for them."""
+    from sklearn.metrics import roc_curve
+
+    if len(set(map(int, label))) < 2:
+        return None
+    false, true, _ = roc_curve(label, score, drop_intermediate=False)
+    return float(true[false <= most].max())
+
+
 def results(rows, args):
     """Lines of items.jsonl -> {table, panels}, see common/figures.py."""
     import math
@@ -184,7 +194,7 @@ def results(rows, args):
     for name, score in of.items():
         low, high = measures.interval(measures.auroc, score, label)
         table[name] = {"AUROC": measures.auroc(score, label), "low": low, "high": high}
-        table[name] |= {"TPR at 5% FPR": measures.tpr_at_fpr(score, label)}
+        table[name] |= {"TPR at 5% FPR": tpr_at_fpr(score, label)}
     capped = f"DC-PDD, a = {args.caps[0]:g}"
     table[capped] |= {"share capped": sum(row["capped"] for row in rows) / len(rows)}
     ranks = {name: row["AUROC"] for name, row in table.items() if row["AUROC"] is not None}

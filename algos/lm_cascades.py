@@ -23,7 +23,7 @@ The built-in task has three families: letters to recite (long, easy), sums witho
 
 Family: inference
 Differs from score.py in: model, seed, items, stop, temperature, engine, vllm_memory, vllm_tp, scores, results, given, main,
-    quantiles, chow, Router, router_loss, fit
+    quantiles, chow, Router, router_loss, deferral, fit
 Measures: results
 World: families
 Costs: the large model's call where it is deferred to, beside the small one's; the network is of 32 units. Here both answer all.
@@ -123,10 +123,24 @@ def router_loss(guess, small, large, args):
     return ((guess - (large - small if args.target == "gain" else -small)) ** 2).mean()
 
 
+def deferral(score, small, large):
+    """What is gained by asking a large model: score [n], the greater the surer of the small one, quality [n] of both ->
+    ([[share that is deferred, mean quality], ...] from none to all, the least sure first, and its area). Equal scores are
+    deferred by the mean of all their orders."""
+    import numpy
+
+    score, small, large = (numpy.asarray(x, float) for x in (score, small, large))
+    gain = large - small
+    order = numpy.argsort(score, kind="stable")
+    _, group, n = numpy.unique(score[order], return_inverse=True, return_counts=True)
+    gain = (numpy.bincount(group, gain[order]) / n)[group]
+    quality = (small.sum() + numpy.concatenate([[0.0], numpy.cumsum(gain)])) / len(score)
+    share = numpy.linspace(0, 1, len(score) + 1)
+    return [[float(x), float(y)] for x, y in zip(share, quality)], float(numpy.trapezoid(quality, share))
+
+
 def fit(router, features, small, large, fitted, chosen, seed, args):
     """Trains a router on the rows `fitted`, and leaves it as it was in the epoch with the best AUC-DF on the rows `chosen`."""
-    from common import measures
-
     torch.manual_seed(seed)
     for layer in router.layers:
         if hasattr(layer, "reset_parameters"):
@@ -144,7 +158,7 @@ def fit(router, features, small, large, fitted, chosen, seed, args):
                 optimizer.step()
         router.eval()
         with torch.no_grad():
-            _, area = measures.deferral(-router(features[chosen]), small[chosen], large[chosen])
+            _, area = deferral(-router(features[chosen]), small[chosen], large[chosen])
         if area > best:
             best, kept = area, {k: v.clone() for k, v in router.state_dict().items()}
     router.load_state_dict(kept)
@@ -200,8 +214,8 @@ def results(rows, args):
     kinds = sorted({row["family"] for row in rows if row["family"]})
     table, curves, heat = {}, {}, {}
     for name, score in of.items():
-        curve, area = measures.deferral(score, small, large)
-        low, high = measures.interval(lambda *x: measures.deferral(*x)[1], score, small, large, resamples=200)
+        curve, area = deferral(score, small, large)
+        low, high = measures.interval(lambda *x: deferral(*x)[1], score, small, large, resamples=200)
         table[name] = {"AUC-DF": area, "low": low, "high": high, "over random, %": 100 * (area / max(random_area, 1e-9) - 1)}
         curves[name] = curve[:: max(1, len(curve) // 40)]
         least = sorted(range(len(rows)), key=lambda i: score[i])[: round(0.3 * len(rows))]
@@ -227,7 +241,7 @@ def main(args):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import functools
 
-    from common import UserError, engines, gpu, items, measures, models, rewards, settings, tasks
+    from common import UserError, engines, gpu, items, models, rewards, settings, tasks
     from common.batch import collate, read
 
     def warm(steps):
@@ -283,7 +297,7 @@ def main(args):
     every = quantiles(logp, mask)
 
     def area(score):
-        return measures.deferral(score[chosen], small[chosen], large[chosen])[1]
+        return deferral(score[chosen], small[chosen], large[chosen])[1]
 
     best = max(range(11), key=lambda k: area(every[:, k]))
     length = -mask.sum(1).double()

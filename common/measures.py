@@ -1,4 +1,4 @@
-"""How good a score is: ranking, calibration, detection, deferral; on scikit-learn and scipy. None where it is not defined."""
+"""How good a score is: ranking and calibration, on scikit-learn and scipy. None where it is not defined."""
 
 import numpy
 
@@ -15,16 +15,6 @@ def average_precision(score, label):
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(label, score)) if len(set(map(int, label))) == 2 else None
-
-
-def tpr_at_fpr(score, label, most=0.05):
-    """The greatest share of the 1s that a threshold finds while at most `most` of the 0s are taken for them."""
-    from sklearn.metrics import roc_curve
-
-    if len(set(map(int, label))) < 2:
-        return None
-    false, true, _ = roc_curve(label, score, drop_intermediate=False)
-    return float(true[false <= most].max())
 
 
 def reliability(chance, label, bins=10):
@@ -52,17 +42,3 @@ def interval(of, *arrays, resamples=1000, seed=0):
     made = dict(paired=True, vectorized=False, method="percentile", n_resamples=resamples, rng=seed)
     low, high = stats.bootstrap(tuple(map(numpy.asarray, arrays)), number, **made).confidence_interval
     return (None, None) if numpy.isnan([low, high]).any() else (float(low), float(high))
-
-
-def deferral(score, small, large):
-    """What is gained by asking a large model: score [n], the greater the surer of the small one, quality [n] of both ->
-    ([[share that is deferred, mean quality], ...] from none to all, the least sure first, and its area). Equal scores are
-    deferred by the mean of all their orders."""
-    score, small, large = (numpy.asarray(x, float) for x in (score, small, large))
-    gain = large - small
-    order = numpy.argsort(score, kind="stable")
-    _, group, n = numpy.unique(score[order], return_inverse=True, return_counts=True)
-    gain = (numpy.bincount(group, gain[order]) / n)[group]
-    quality = (small.sum() + numpy.concatenate([[0.0], numpy.cumsum(gain)])) / len(score)
-    share = numpy.linspace(0, 1, len(score) + 1)
-    return [[float(x), float(y)] for x, y in zip(share, quality)], float(numpy.trapezoid(quality, share))

@@ -35,7 +35,6 @@ PURPOSE = {
     "tables": ("prompt_and_answer",),
     "samples": ("record", "contrast"),
     "pairs": ("Pair", "Data"),
-    "measures": ("tpr_at_fpr", "deferral"),
     "demonstrations": ("Said", "load", "evaluate"),
     "settings": ("resolve", "inherit"),
     "memory": ("memory_plan", "explain_plan"),

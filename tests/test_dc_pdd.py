@@ -46,6 +46,12 @@ def test_the_least_of_each_row():
     assert dc_pdd.least(x[:1], mask[:1], 0.6).item() == -4
 
 
+def test_tpr_at_fpr():
+    label, score = [1, 0, 1, 0, 0], [0.9, 0.8, 0.7, 0.3, 0.3]
+    assert dc_pdd.tpr_at_fpr(score, label) == 0.5 and dc_pdd.tpr_at_fpr(score, label, 0.34) == 1.0
+    assert dc_pdd.tpr_at_fpr([1, 1, 1, 1, 1], label, 0.99) == 0 and dc_pdd.tpr_at_fpr(score, [1] * 5) is None
+
+
 def test_moments():
     """Against the definition; a token of probability 0 adds nothing."""
     logits = torch.tensor([[2.0, 1, 0, -1], [0.0, 0, 0, -torch.inf]], dtype=torch.float64)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from algos import lm_cascades
-from common import measures
 from tests.helpers import ROOT, lines, run, tiny, user_error
 
 __all__ = ["tiny"]
@@ -71,13 +70,25 @@ def fitted(seed=0, **flags):
     return router.eval()
 
 
+def test_deferral():
+    """By the card; and ties are the mean of their orders."""
+    curve, area = lm_cascades.deferral([0.9, 0.2, 0.6, 0.4], [1, 0, 1, 1], [1, 1, 0, 1])
+    assert curve == [[0, 0.75], [0.25, 1.0], [0.5, 1.0], [0.75, 0.75], [1.0, 0.75]] and area == pytest.approx(0.875)
+    oracle = lm_cascades.deferral([0, -1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 1])
+    assert oracle[0] == [[0, 0.75], [0.25, 1.0], [0.5, 1.0], [0.75, 1.0], [1.0, 0.75]]
+    assert oracle[1] == pytest.approx(0.9375)
+    small, large = [1, 0, 1, 0, 0], [0, 1, 1, 1, 0]
+    line, _ = lm_cascades.deferral([7] * 5, small, large)
+    assert line == [pytest.approx([i / 5, 0.4 + i / 5 * 0.2]) for i in range(6)]
+
+
 def test_fit():
     """It finds what is gained on rows that it has not seen, standardised, and the same for the same seed."""
     x, small, large = world()
     router = fitted()
     with torch.no_grad():
-        area = measures.deferral(-router(x[300:]), small[300:], large[300:])[1]
-    best = measures.deferral(-large[300:], small[300:], large[300:])[1]
+        area = lm_cascades.deferral(-router(x[300:]), small[300:], large[300:])[1]
+    best = lm_cascades.deferral(-large[300:], small[300:], large[300:])[1]
     assert area > best - 0.03 and best > 0.7 * large[300:].mean()
     torch.testing.assert_close(router.mean, x[:200].mean(0))
     torch.testing.assert_close(router.std, x[:200].std(0))
@@ -97,7 +108,7 @@ def test_the_epoch_is_chosen_on_other_rows(monkeypatch):
         states.append({k: v.clone() for k, v in router.state_dict().items()})
         return None, next(areas)
 
-    monkeypatch.setattr(measures, "deferral", deferral)
+    monkeypatch.setattr(lm_cascades, "deferral", deferral)
     x, small, large = world()
     rows = torch.arange(200), torch.arange(200, 300)
     lm_cascades.fit(router, x, small, large, *rows, 0, lm_cascades.Args(epochs=4))

@@ -25,14 +25,12 @@ def test_auroc():
     assert measures.auroc(tied, LABEL) == pytest.approx(by_pairs(tied, LABEL))
 
 
-def test_average_precision_and_tpr():
+def test_average_precision():
     assert measures.average_precision(SCORE, LABEL) == pytest.approx((1 + 2 / 3) / 2)
-    assert measures.tpr_at_fpr(SCORE, LABEL) == 0.5 and measures.tpr_at_fpr(SCORE, LABEL, 0.34) == 1.0
-    assert measures.tpr_at_fpr([1, 1, 1, 1, 1], LABEL, 0.99) == 0
 
 
 def test_one_class_alone_is_not_defined():
-    for of in (measures.auroc, measures.average_precision, measures.tpr_at_fpr):
+    for of in (measures.auroc, measures.average_precision):
         assert of(SCORE, [1] * 5) is None and of(SCORE, [0] * 5) is None
     assert measures.interval(measures.auroc, SCORE, [1] * 5) == (None, None)
 
@@ -53,18 +51,6 @@ def test_interval():
     assert high - low == pytest.approx(2 * error, rel=0.15) and low < sum(values) / 400 < high
     assert measures.interval(lambda x: x.mean(), [3.0] * 9) == (3.0, 3.0)
     assert measures.interval(lambda x: x.mean(), values) == (low, high)
-
-
-def test_deferral():
-    """By the card of lm_cascades; and ties are the mean of their orders."""
-    curve, area = measures.deferral([0.9, 0.2, 0.6, 0.4], [1, 0, 1, 1], [1, 1, 0, 1])
-    assert curve == [[0, 0.75], [0.25, 1.0], [0.5, 1.0], [0.75, 0.75], [1.0, 0.75]] and area == pytest.approx(0.875)
-    oracle = measures.deferral([0, -1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 1])
-    assert oracle[0] == [[0, 0.75], [0.25, 1.0], [0.5, 1.0], [0.75, 1.0], [1.0, 0.75]]
-    assert oracle[1] == pytest.approx(0.9375)
-    small, large = [1, 0, 1, 0, 0], [0, 1, 1, 1, 0]
-    line, _ = measures.deferral([7] * 5, small, large)
-    assert line == [pytest.approx([i / 5, 0.4 + i / 5 * 0.2]) for i in range(6)]
 
 
 RESULTS = dict(

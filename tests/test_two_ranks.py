@@ -13,7 +13,7 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
-SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp xguard".split()
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
@@ -35,6 +35,7 @@ MORE = dict(
     xar=dict(batch_size=5, samples=17, sampling_steps=2, max_grad_norm=0.5),
     ptp=dict(batch_size=7, episodes=4, width=16, warmup_steps=0),
     fourier_head=dict(batch_size=7, gamma=0.1),
+    xguard=dict(task="guard", batch_size=7),
 )
 # In float64, since AdamW turns rounding noise into steps wherever the true gradient is 0. DAPO's filter is off: it leaves every
 # process with groups of its own, which is not a script's doing.
