@@ -13,7 +13,8 @@ __all__ = ["tiny"]
 # Scripts, or script:mode.
 SCRIPTS = "ares d3s forking_tokens gtpo hapo lp_reg pppo rng seed_grpo steer thr".split()
 SCRIPTS += "pf_ppo poad rank_grpo rlfr spo spo:tree t_ppo sft otr intro rmt gdpo unmasking_policy training_free_grpo".split()
-SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp xguard".split()
+SCRIPTS += "bupo opsd soft_grpo soft_tokens cot2 atp_latent grpo_vision tw_grpo cacovid vppo fourier_head xar ptp".split()
+SCRIPTS += ["xguard"]
 MORE = dict(
     rank_grpo=dict(task="titles"),
     poad=dict(task="door", critic_first=0, critic_epochs=1),  # an environment; the policy moves from the start
