@@ -23,7 +23,7 @@ class Items(runlog.Run):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.dir = Path(args.resume or args.run_dir or ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
         before = self.dir / "items.jsonl"
-        if not args.resume and before.exists():
+        if not args.resume and any(self.dir.glob("*.jsonl")):
             raise UserError(f"--run-dir {self.dir} already holds a run; continue it with --resume {self.dir}")
         self._write_config(config, before.read_bytes().count(b"\n") if before.exists() else 0)
         if config is not None and args.model not in tiny.SHAPES:

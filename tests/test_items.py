@@ -15,7 +15,7 @@ from tests.helpers import ROOT, lines, run, start, user_error
 TEXTS = {p.stem: p.read_text() for p in sorted((ROOT / "algos").glob("*.py"))}
 ELSEWHERE = ("east",)  # its own tests cut and resume it: without a long warm start it has nothing to steer
 SCRIPTS = [name for name, text in TEXTS.items() if "\ndef main(args)" in text and name not in ELSEWHERE]
-UNTRAINED = ("byte_level", "ccp")  # whose warm starts take long, and are not needed to see a run to its end
+UNTRAINED = ("byte_level", "ccp", "diffadapt")  # whose warm starts take long, and are not needed to see a run to its end
 FILES = ("items.jsonl", "results.json")
 # What makes a script's run small.
 OWN = dict(
@@ -25,6 +25,7 @@ OWN = dict(
     ccp="--items 5",
     coin="--items 3 --problems 12 --verified 8 --fit-steps 2 --verifier-steps 1",
     dc_pdd="--items 40 --batch 16 --untrained",
+    diffadapt="--items 12 --batch 4 --questions 24 --samples 2",
     lm_cascades="--items 96 --epochs 2 --task addition",
     magic_word="--items 2 --exact 1 --lengths 4 --iterations 2 --candidates 4 --bound-prompts 50",
     score="--items 9 --batch 4 --task addition",
