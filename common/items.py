@@ -33,19 +33,20 @@ class Items(runlog.Run):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
-    def left(self, n, batch=1, name="items"):
-        """The numbers from 0 to n - 1 that <name>.jsonl has no line for, each the one to be measured next; `batch`: lists of
-        so many. Ends the process where it was asked to stop."""
+    def left(self, n, batch=None, name="items"):
+        """The numbers from 0 to n - 1 that <name>.jsonl has no line for, each the one to be measured next; with `batch` lists
+        of so many. Ends the process where it was asked to stop."""
         from tqdm import tqdm
 
         path = self.dir / f"{name}.jsonl"
-        done = _whole_lines(path, batch, n)
+        size = batch or 1
+        done = _whole_lines(path, size, n)
         with open(path, "a", 1, encoding="utf-8") as self.file, tqdm(
             total=n, initial=done, desc=f"{self.name}: {name}", disable=None, leave=False
         ) as bar:
-            for first in range(done, n, batch):
-                some = list(range(first, min(n, first + batch)))
-                yield some if batch > 1 else first
+            for first in range(done, n, size):
+                some = list(range(first, min(n, first + size)))
+                yield some if batch else first
                 bar.update(len(some))
                 if self.stop:
                     print(f"stopped after item {some[-1] + 1} of {n}; continue with --resume {self.dir}", flush=True)

@@ -53,6 +53,7 @@ EXCEPTIONS = {
     "ccp": (181, 73, "claims and their alternatives: another model judges pairs, and a text is cut into what it claims"),
     "dc_pdd": (160, 68, "texts without prompts: a corpus is counted, three readings of a law, and no sampling"),
     "diffadapt": (226, 85, "two rounds of samples, and between them a threshold and a probe: labels, training and choice"),
+    "uqac": (145, 46, "a chain, its variants and their marginal for every response; a world of its own"),
     "xguard": (111, 29, "a decision beside the loss: scores, thresholds, reward, distillation, ids that are checked, a task"),
     "lm_cascades": (193, 96, "two models that answer, a network that is fitted to both, and a choice on items of its own"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),

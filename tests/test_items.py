@@ -15,7 +15,7 @@ from tests.helpers import ROOT, lines, run, start, user_error
 TEXTS = {p.stem: p.read_text() for p in sorted((ROOT / "algos").glob("*.py"))}
 ELSEWHERE = ("east",)  # its own tests cut and resume it: without a long warm start it has nothing to steer
 SCRIPTS = [name for name, text in TEXTS.items() if "\ndef main(args)" in text and name not in ELSEWHERE]
-UNTRAINED = ("byte_level", "ccp", "diffadapt")  # whose warm starts take long, and are not needed to see a run to its end
+UNTRAINED = ("byte_level", "ccp", "diffadapt", "uqac")  # whose warm starts take long
 FILES = ("items.jsonl", "results.json")
 # What makes a script's run small.
 OWN = dict(
@@ -30,6 +30,7 @@ OWN = dict(
     magic_word="--items 2 --exact 1 --lengths 4 --iterations 2 --candidates 4 --bound-prompts 50",
     score="--items 9 --batch 4 --task addition",
     specdec_pp="--items 4 --lengths 2 --confidences 0.8 --thresholds 0.5 --label-samples 64 --head-epochs 1",
+    uqac="--items 24 --batch 8",
     tokenprober="--items 3 --budget 20 --examples 2000 --copies 1 --fresh 4",
 )
 

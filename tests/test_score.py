@@ -106,12 +106,12 @@ def test_rows_that_are_none(tmp_path, tiny, row, said):
 def test_sampled_responses(tmp_path):
     """An item's response is the same in any batch, and its scores are at temperature 1 whatever it was sampled at."""
     argv = "--task addition --items 6".split()
-    arms = dict(plain=("--batch", 6), two=("--batch", 2), cold=("--batch", 6, "--temperature", "0.01"))
+    arms = dict(plain=("--batch", 6), one=("--batch", 1), cold=("--batch", 6, "--temperature", "0.01"))
     for name, more in arms.items():
         done = run(tmp_path, *argv, *more, "--run-dir", tmp_path / name, script=SCRIPT)
         assert done.code == 0, done.err
-    plain, two, cold = (lines(tmp_path / name / "items.jsonl") for name in arms)
-    for a, b in zip(plain, two, strict=True):
+    plain, one, cold = (lines(tmp_path / name / "items.jsonl") for name in arms)
+    for a, b in zip(plain, one, strict=True):
         assert [p for p, _ in a["pieces"]] == [p for p, _ in b["pieces"]] and a["right"] == b["right"]
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
     assert all(row["scores"]["sum"] < -0.01 for row in cold)  # at 0.01 it would be 0
