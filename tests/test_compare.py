@@ -22,6 +22,7 @@ def test_what_an_item_names():
     assert compare.kind("tdpo@chain,alpha=1") == "pairs" and compare.kind("rto") == "online"
     assert compare.kind("sft") == "supervised"
     assert compare.kind("ppo") == "online" and compare.kind("fourier_head,head=linear") == "alone"
+    assert compare.kind("decode") == compare.kind("xguard,steps=9") == compare.kind("coin") == "results"
 
 
 def test_difference():
@@ -319,3 +320,31 @@ def test_an_item_s_own_flag_comes_before_that_for_all(tmp_path, monkeypatch):
     assert folder.name == "toy-2-lr-1e-3-plain-steps-9-task-route"
     signs = [compare.run(f"toy,beta={x}", 1, [], None).name for x in ("0.5", "-0.5")]
     assert signs == ["toy-1-beta-0.5", "toy-1-beta--0.5"]  # two runs
+
+
+def test_results_are_merged_over_seeds(tmp_path, monkeypatch, capsys):
+    """What scripts that train nothing write: a table and a picture for each item, again from the record, or one line."""
+
+    def ran(item, seed, extra, share):
+        folder = tmp_path / f"{item}-{seed}"
+        folder.mkdir(exist_ok=True)
+        panel = dict(title="p", kind="lines", x="x", y="y", of={"a": [[0, seed], [1, 2.0]]})
+        rows = {"odd": {"n": 1.0}} if (item, seed) == ("score", 2) else {"row": {"n": float(seed + len(item)), "m": None}}
+        (folder / "results.json").write_text(json.dumps(dict(table=rows, panels=[panel])))
+        (folder / "config.json").write_text(json.dumps(dict(versions=dict(python="3"))))
+        return folder
+
+    monkeypatch.setattr(compare, "run", ran)
+    options = compare.Options(("decode", "decode,items=9"), 2, 1, str(tmp_path / "out"))
+    compare.main(options, [])
+    said = capsys.readouterr().out
+    assert "decode,items=9" in said and "| row | 7.500 (7.000 to 8.000) | not defined |" in said
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["results"]["decode"]["table"] == {"row": {"n": [7.0, 8.0], "m": [None, None]}}
+    (tmp_path / "out.png").unlink()
+    compare.main(compare.Options(redraw=True, out=str(tmp_path / "out")), [])
+    assert (tmp_path / "out.png").exists() and "| row | 15.500 (15.000 to 16.000) |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="score: its seeds have different rows or panels"):
+        compare.main(compare.Options(("score",), 2, 1, str(tmp_path / "x")), [])
+    with pytest.raises(SystemExit, match="kinds online and results have no common curves"):
+        compare.main(compare.Options(("grpo", "decode")), [])
