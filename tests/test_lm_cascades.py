@@ -158,13 +158,22 @@ def test_a_run(tmp_path, tiny):
     weak = lm_cascades_weak(tmp_path / "weak", tiny)
     argv = ["--model", weak, "--large", tiny, "--task", tmp_path / "train.jsonl", "--items", 32, "--max-new-tokens", 28]
     done = run(tmp_path, *argv, "--prompt-template", "{prompt}", "--epochs", 2, "--run-dir", tmp_path / "run", script=SCRIPT)
-    if done.code:  # where the large one knows none of them either, that is said
-        assert "is right no more often than" in user_error(done)
-        return
+    assert done.code == 0, done.err
     small, large = (lines(tmp_path / "run" / f"{name}.jsonl") for name in ("small", "large"))
     assert len(small) == len(large) == 32 and len(lines(tmp_path / "run" / "items.jsonl")) == 11
     assert all(len(a["logp"]) >= 1 and a["state"] != b["state"] for a, b in zip(small, large))
     assert all(row["family"] is None for row in lines(tmp_path / "run" / "items.jsonl"))
+
+
+def test_a_large_model_that_is_no_better(tmp_path, tiny):
+    """That is said, and what there is is shown; where both are always wrong nothing is over random."""
+    (tmp_path / "zero.jsonl").write_text("".join(f'{{"prompt": "{i}+1=", "answer": "no"}}\n' for i in range(40)))
+    argv = ["--model", tiny, "--large", tiny, "--task", tmp_path / "zero.jsonl", "--items", 12, "--max-new-tokens", 4]
+    done = run(tmp_path, *argv, "--prompt-template", "{prompt}", "--epochs", 1, "--run-dir", tmp_path / "run", script=SCRIPT)
+    assert done.code == 0, done.err
+    assert "is right no more often than" in done.out
+    table = json.loads((tmp_path / "run" / "results.json").read_text())["table"]
+    assert table["random"]["AUC-DF"] == 0 == table["sum"]["over random, %"] == table["large alone"]["quality"]
 
 
 def lm_cascades_weak(folder, tiny):
