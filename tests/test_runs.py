@@ -776,7 +776,7 @@ for name in {names!r}:
     script = importlib.import_module(name)
     assert script.__file__.startswith({folder!r}), script.__file__
     args = script.Args(max_new_tokens=3) if "max_new_tokens" in script.Args.__annotations__ else script.Args()
-    assert getattr(args, "model", "tiny") in ("tiny", "tiny-deep") and dataclasses.is_dataclass(args)
+    assert getattr(args, "model", "tiny") in ("tiny", "tiny-deep", "tiny-small") and dataclasses.is_dataclass(args)
     plain = lambda f, n: callable(f) and sum(
         p.default is p.empty for p in inspect.signature(f).parameters.values()) == n
     if not (plain(getattr(script, "surrogate", None), 5) and plain(getattr(script, "advantages", None), 2)):
