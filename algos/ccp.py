@@ -223,17 +223,19 @@ def results(rows, args):
 
 def given(path, n):
     """The first n rows of a .jsonl file, each with prompt, response and claims. UserError where one has not."""
-    from common import UserError, checkpoint
+    from common import UserError, tables
 
-    rows = checkpoint.rows(Path(path))[:n]
-    for i, row in enumerate(rows):
-        pairs = row.get("claims")
-        fine = isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 and p[1] in (0, 1) for p in pairs)
-        if not fine or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
-            raise UserError(f"--responses {path}: row {i + 1} needs prompt, response and claims, each a text and 0 or 1")
+    def checked(row, where):
+        texts = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))
+        pairs = texts and row.get("claims")
+        if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and p[1] in (0, 1) for p in pairs):
+            raise UserError(f"{where}: needs prompt, response and claims, each a text and 0 or 1")
+        return row
+
+    rows, _ = tables.read_rows(path, checked)
     if not rows:
         raise UserError(f"--responses {path}: no rows there")
-    return rows
+    return rows[:n]
 
 
 def classifier(name, device):

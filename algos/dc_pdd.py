@@ -229,23 +229,25 @@ def results(rows, args):
 def given(path, n=None, labelled=True):
     """The first n texts (None: all) of a .jsonl file, or of a data set on the hub as owner/name:split, as dicts; text may be
     called input. UserError where one has no text, or no label of 0 or 1 though it is to be `labelled`."""
-    from common import UserError, checkpoint, tables
+    from common import UserError, tables
+
+    def checked(row, where):
+        found = dict(text=row.get("text", row.get("input")), label=row.get("label")) if isinstance(row, dict) else {}
+        if not isinstance(found.get("text"), str) or labelled and found["label"] not in (0, 1):
+            raise UserError(f"{where}: needs a text" + " and a label of 0 or 1" * labelled)
+        return found
 
     if Path(path).suffix == ".jsonl":
-        rows = checkpoint.rows(Path(path))
+        rows, _ = tables.read_rows(path, checked)
     else:
         name, _, part = path.partition(":")
         data = tables.read_hub(name, "give a local .jsonl file of text and label")[0]
         if part not in data:
             raise UserError(f"{path}: say which split as {name}:SPLIT; there are {', '.join(data)}")
-        rows = [dict(row) for row in data[part]]
-    found = [dict(text=row.get("text", row.get("input")), label=row.get("label")) for row in rows[:n]]
-    for i, row in enumerate(found):
-        if not isinstance(row["text"], str) or labelled and row["label"] not in (0, 1):
-            raise UserError(f"{path}: row {i + 1} needs a text" + " and a label of 0 or 1" * labelled)
-    if not found:
+        rows = [checked(dict(row), f"{path}[{i}]") for i, row in enumerate(data[part])]
+    if not rows:
         raise UserError(f"{path}: no rows there")
-    return found
+    return rows[:n]
 
 
 def main(args):

@@ -309,15 +309,18 @@ def results(rows, args):
 
 def given(path, n):
     """The first n rows of a .jsonl file, each with prompt, response and a label of 0 or 1. UserError where one has not."""
-    from common import UserError, checkpoint
+    from common import UserError, tables
 
-    rows = checkpoint.rows(Path(path))[:n]
-    for i, row in enumerate(rows):
-        if not all(isinstance(row.get(k), str) for k in ("prompt", "response")) or row.get("label") not in (0, 1):
-            raise UserError(f"--responses {path}: row {i + 1} needs prompt, response and a label of 0 or 1")
+    def checked(row, where):
+        texts = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))
+        if not texts or row.get("label") not in (0, 1):
+            raise UserError(f"{where}: needs prompt, response and a label of 0 or 1")
+        return row
+
+    rows, _ = tables.read_rows(path, checked)
     if not rows:
         raise UserError(f"--responses {path}: no rows there")
-    return rows
+    return rows[:n]
 
 
 def main(args):

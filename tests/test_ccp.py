@@ -135,7 +135,7 @@ def test_mistakes(tmp_path, tiny):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "1", "response": "2", "claims": [["2", 3]]}\n')
     argv = ["--model", tiny, "--responses", path]
-    assert "row 1 needs prompt, response and claims" in user_error(run(tmp_path, *argv, "--nli", "x", script=SCRIPT))
+    assert "jsonl:1: needs prompt, response and claims" in user_error(run(tmp_path, *argv, "--nli", "x", script=SCRIPT))
     assert "--responses and --nli go together" in user_error(run(tmp_path, "--nli", "x/y", script=SCRIPT))
     path.write_text('{"prompt": "1", "response": "2", "claims": [["2", 1]]}\n')
     two = classifier(tmp_path / "two", ["yes", "no"])

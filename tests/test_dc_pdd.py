@@ -135,7 +135,7 @@ def test_mistakes(tmp_path, tiny):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "1+1", "label": 2}\n')
     said = user_error(run(tmp_path, "--model", tiny, "--texts", path, "--reference", path, script=SCRIPT))
-    assert "row 1 needs a text and a label of 0 or 1" in said
+    assert "jsonl:1: needs a text and a label of 0 or 1" in said
     assert "--texts and --reference go together" in user_error(run(tmp_path, "--texts", path, script=SCRIPT))
     assert "--k must be above 0 and at most 1" in user_error(run(tmp_path, "--k", 0, script=SCRIPT))
     path.write_text('{"text": "1", "label": 1}\n')

@@ -90,16 +90,23 @@ def test_responses_of_a_file(tmp_path, tiny):
 
 @pytest.mark.parametrize(
     "row, said",
-    [({}, "row 2 needs prompt, response and a label"), (dict(prompt="1", response="2", label="yes"), "row 2 needs"),
-     (dict(prompt="1", response=2, label=1), "row 2 needs")],
+    [({}, "jsonl:2: needs prompt, response and a label"), (dict(prompt="1", response="2", label="yes"), "jsonl:2: needs"),
+     (dict(prompt="1", response=2, label=1), "jsonl:2: needs"), ([1], "jsonl:2: needs")],
 )  # fmt: skip
 def test_rows_that_are_none(tmp_path, tiny, row, said):
     path, made = given(tmp_path, 1)
     path.write_text("".join(json.dumps(r) + "\n" for r in (made[0], row)))
     with pytest.raises(SystemExit, match=said):
         score.given(path, 9)
-    assert len(score.given(path, 1)) == 1
+    path.write_text(json.dumps(made[0]) + "\n" + json.dumps(made[0])[:-9] + "\n")  # no line is left out in silence
+    with pytest.raises(SystemExit, match="jsonl:2: not JSON"):
+        score.given(path, 9)
+    path.write_text(2 * (json.dumps(made[0]) + "\n"))
+    assert len(score.given(path, 1)) == 1 and len(score.given(path, 9)) == 2
+    path.write_text("")
     with pytest.raises(SystemExit, match="no rows there"):
+        score.given(path, 9)
+    with pytest.raises(SystemExit, match="cannot read the file"):
         score.given(tmp_path / "none.jsonl", 9)
 
 
@@ -122,4 +129,4 @@ def test_mistakes(tmp_path):
     assert "--batch must be at least 1" in user_error(run(tmp_path, "--batch", 0, script=SCRIPT))
     path = tmp_path / "bad.jsonl"
     path.write_text("{}\n")
-    assert "row 1 needs prompt" in user_error(run(tmp_path, "--responses", path, script=SCRIPT))
+    assert "bad.jsonl:1: needs prompt" in user_error(run(tmp_path, "--responses", path, script=SCRIPT))

@@ -271,7 +271,7 @@ def test_mistakes(tmp_path):
     wrong = run(tmp_path, "--min-similarity", 2, script=SCRIPT)
     assert "--min-similarity must be at least -1 and at most 1" in user_error(wrong)
     (tmp_path / "x.jsonl").write_text('{"prompt": "1"}\n')
-    assert "row 1 needs prompt" in user_error(run(tmp_path, "--model", "tiny", "--task", "addition", "--responses",
+    assert "jsonl:1: needs prompt" in user_error(run(tmp_path, "--model", "tiny", "--task", "addition", "--responses",
                                                   tmp_path / "x.jsonl", script=SCRIPT))  # fmt: skip
 
 
