@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 
 from common import figures, items
 from tests.helpers import ROOT, lines, run, start, user_error
@@ -141,3 +142,25 @@ def test_numbers_that_json_has_not_are_refused(tmp_path):
     made = items.Items.__new__(items.Items)
     with open(tmp_path / "x", "w") as made.file, pytest.raises(ValueError):
         made.write(dict(x=float("nan")))
+
+
+def test_what_is_fitted_is_read_again(tmp_path):
+    """A module is fitted once: a resumed run reads it back, and half a file never stands there."""
+    made, calls = items.Items.__new__(items.Items), []
+    made.dir = tmp_path
+
+    def fit(module):
+        calls.append(1)
+        torch.nn.init.constant_(module.weight, 3.0)
+
+    first, second = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    assert made.kept("probe", first, lambda: fit(first)) is first and first.weight.tolist() == [[3.0, 3.0]]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["probe.safetensors"]
+    assert made.kept("probe", second, lambda: fit(second)) is second and len(calls) == 1
+    assert torch.equal(second.weight, first.weight) and torch.equal(second.bias, first.bias)
+
+
+def test_it_runs_in_one_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(items.gpu, "world", lambda: 2)
+    with pytest.raises(SystemExit, match="decode.py runs in one process: start it once for each GPU"):
+        items.Items("algos/decode.py", None)

@@ -102,6 +102,8 @@ def test_stop():
     assert [specdec.stop(("fixed", 2), [7] * n, [0.1] * n, args) for n in (1, 2, 3)] == [False, True, True]
     assert [specdec.stop(("confidence", 0.6), [7], [c], args) for c in (0.5, 0.6, 0.9)] == [True, False, False]
     assert specdec.stop(("confidence", 0.6), [7] * 5, [0.9] * 5, args)
+    newest = [specdec.stop(("confidence", 0.6), [7, 7], chances, args) for chances in ([0.9, 0.5], [0.5, 0.9])]
+    assert newest == [True, False]
     assert list(specdec.arms(specdec.Args(lengths=(3,), confidences=(0.25,)))) == ["K = 3", "confidence 0.25"]
 
 
