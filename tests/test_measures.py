@@ -39,6 +39,7 @@ def test_calibration():
     """By the card of uqac: right .9 .8 .55, wrong .6 .35, 10 bins."""
     chance, label = [0.9, 0.8, 0.55, 0.6, 0.35], [1, 1, 1, 0, 0]
     assert measures.ece(chance, label) == pytest.approx((0.1 + 0.2 + 0.45 + 0.6 + 0.35) / 5)
+    assert measures.ece([0.25, 0.25, 0.25, 0.9], [0, 0, 1, 1]) == pytest.approx((3 * (1 / 3 - 0.25) + 0.1) / 4)
     assert measures.ece([1.0, 0.0], [1, 0]) == 0 and measures.ece([0.25] * 4, [1, 0, 0, 0]) == 0
     assert measures.reliability([0.1, 0.15, 1.0], [0, 1, 1]) == [pytest.approx((0.125, 0.5, 2)), (1.0, 1.0, 1)]
 
@@ -50,6 +51,7 @@ def test_interval():
     error = 1.96 * (sum((v - sum(values) / 400) ** 2 for v in values) / 400) ** 0.5 / 20
     assert high - low == pytest.approx(2 * error, rel=0.15) and low < sum(values) / 400 < high
     assert measures.interval(lambda x: x.mean(), [3.0] * 9) == (3.0, 3.0)
+    assert measures.interval(lambda x, y: (x - y).mean(), values, values) == (0.0, 0.0)  # rows stay together
     assert measures.interval(lambda x: x.mean(), values) == (low, high)
 
 
