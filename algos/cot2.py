@@ -382,7 +382,7 @@ def start(task, tokenizer, args, run, warm):
     and puts it in the run folder, whole or not at all, where a resumed run finds it."""
     from dataclasses import replace
 
-    from common import gpu, models, whole_folder
+    from common import export, gpu, models, whole_folder
     from common.worlds import tiny
 
     if task.name != "mnns" or args.model not in tiny.SHAPES:
@@ -393,7 +393,7 @@ def start(task, tokenizer, args, run, warm):
         if run.main:
             stage(policy, task, tokenizer, args, run)
             with whole_folder(folder, "the model behind CSFT") as scratch:
-                gpu.write_weights(policy.lm, {k: w.cpu().contiguous() for k, w in gpu.full_weights(policy)}, scratch)
+                export.write_weights(policy.lm, export.full_weights(policy), scratch)
                 tokenizer.save_pretrained(scratch)
         gpu.gather_objects(None)  # the others wait for the folder
     return replace(args, model=str(folder))

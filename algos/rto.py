@@ -271,7 +271,7 @@ def dpo_stage(folder, args, config, tokenizer, run):
     """Stage 1: trains the DPO model on the task's built-in pairs and writes it to `folder`, whole or not at all."""
     from types import SimpleNamespace
 
-    from common import gpu, models, pairs, whole_folder
+    from common import export, gpu, models, pairs, whole_folder
 
     args = SimpleNamespace(**vars(args) | dict(data=args.task, pairs_per_step=args.dpo_pairs_per_step))
     data = pairs.load(args, config, tokenizer)
@@ -281,10 +281,9 @@ def dpo_stage(folder, args, config, tokenizer, run):
         return dpo_loss(logp, pairs.logp_now(reference, mb), mb.mask, args)
 
     model = pairs.fit("DPO model", loss, data, args, run, args.dpo_steps, args.dpo_lr)
-    weights = {k: w.cpu().contiguous() for k, w in gpu.full_weights(model) if run.main}  # all ranks take part, one keeps
-    if run.main:
-        with whole_folder(folder, "the DPO model") as scratch:
-            gpu.write_weights(model.lm, weights, scratch)
+    with whole_folder(folder, "the DPO model", run.main) as scratch:
+        export.write_weights(model.lm, export.full_weights(model), scratch if run.main else None)
+        if run.main:
             tokenizer.save_pretrained(scratch)
     gpu.gather_objects(None)  # the others wait for the folder
 

@@ -48,15 +48,19 @@ def reason(error, longest=160):
 
 
 @contextlib.contextmanager
-def whole_folder(folder, what):
-    """Gives a scratch folder to be filled, which then becomes `folder`, whole or not at all. UserError, naming `what`."""
+def whole_folder(folder, what, makes=True):
+    """Gives a scratch folder to be filled, which then becomes `folder`, whole or not at all. UserError, naming `what`. `makes`:
+    False where another process makes it, and this one only writes into it."""
     folder = Path(folder)
     scratch = folder.with_name(folder.name + ".tmp")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        if makes:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
         yield scratch
-        for path in [*scratch.iterdir(), scratch]:
+        if not makes:
+            return
+        for path in [*scratch.rglob("*"), scratch]:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)

@@ -1,4 +1,5 @@
-"""Checkpoints: a folder that transformers loads, and state.pt; written whole or not at all, resumed bit for bit."""
+"""Checkpoints: a folder that transformers loads, and beside the model what a run goes on with, of which every process writes
+and reads its own part; written whole or not at all, resumed bit for bit."""
 
 import contextlib
 import hashlib
@@ -6,56 +7,106 @@ import json
 import os
 import re
 import shutil
+import warnings
 
 import huggingface_hub
 import torch
-from safetensors.torch import load_file
-from torch.distributed.checkpoint import state_dict as dcp
+from safetensors.torch import save_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
-from common import UserError, gpu, reason, whole_folder
+from common import UserError, export, gpu, reason, whole_folder
 from common.batch import Batch
-
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all ranks, on rank 0
 
 
 def save(run, policy, optimizer):
-    """Writes <run folder>/checkpoints/step-N and keeps the last two. A Policy becomes a model folder (LoRA merged); the rest
-    (adapters, another module's weights, run.state, queue and extra, the optimizers) lies in state.pt. A collective."""
-    folder = run.dir / "checkpoints" / f"step-{run.state['step']:06d}"
-    lm = getattr(policy, "lm", None)
-    full = gpu.full_weights(policy) if lm else ()
-    weights = {name: weight.cpu().contiguous() for name, weight in full if run.main}  # all ranks take part, one keeps
-    saved = dict(state=run.state, queue=gpu.gather_objects(run.queue))
-    saved["own"] = {k: gpu.whole(v).cpu() for k, v in policy.state_dict().items() if not lm or ".lora_" in k}
-    saved["optimizer"] = _states(policy, optimizer)
-    saved["schedules"] = [schedule.state_dict() for schedule in run.schedules]
-    for name, pair in run.extra.items():
-        saved[name] = dcp.get_model_state_dict(pair[0], options=WHOLE), _states(*pair)
-    if not run.main or folder.exists():
+    """Writes <run folder>/checkpoints/step-N and keeps the last two. A Policy becomes a model folder (LoRA merged, and apart in
+    adapter/ as peft has it); the rest (adapters, another module's weights, run.state, queue and extra, the optimizers) lies in
+    state/. A collective; no process holds more than its own part and one file of the model."""
+    folder = gpu.gather_objects(run.dir)[0] / "checkpoints" / f"step-{run.state['step']:06d}"
+    if gpu.maximum(int(folder.exists())):
         return
-    with whole_folder(folder, "the checkpoint") as scratch:
+    lm = getattr(policy, "lm", None)
+    saved = dict(state=run.state, schedules=[schedule.state_dict() for schedule in run.schedules])
+    saved[f"queue.{gpu.rank()}."] = [b.to("cpu") for b in run.queue]
+    for title, pair in dict(policy=(policy, optimizer), **run.extra).items():
+        saved |= _weights(title, pair[0]) | _states(title, *pair)
+    with whole_folder(folder, "the checkpoint", run.main) as scratch:
+        gpu.gather_objects(None)  # it is there now
+        if not scratch.is_dir():
+            raise UserError(f"{folder.parent}: not all processes see it; give a --run-dir on a disk that all nodes share")
         if lm:
-            gpu.write_weights(lm, weights, scratch)
-            run.tokenizer.save_pretrained(scratch)
-        torch.save(saved, scratch / "state.pt")
-        sums = {p.name: _digest(p) for p in sorted(scratch.iterdir())}
-        (scratch / "manifest.json").write_text(json.dumps(dict(model=_key(policy), files=sums)))
-    for old in _all(run.dir)[:-2]:
+            export.write_weights(lm, export.full_weights(policy), scratch if run.main else None)
+            if hasattr(lm, "peft_config"):
+                _write_adapter(lm, scratch / "adapter" if run.main else None)
+            if run.main:
+                run.tokenizer.save_pretrained(scratch)
+        _call(dcp.save, saved, dcp.DefaultSavePlanner, checkpoint_id=scratch / "state")
+        names = sorted(p.relative_to(scratch).as_posix() for p in scratch.rglob("*") if p.is_file())
+        sums = {n: x for part in gpu.gather_objects(_digests(scratch, names)) for n, x in part.items()}
+        if run.main:
+            (scratch / "manifest.json").write_text(json.dumps(dict(model=_key(policy), world=gpu.world(), files=sums)))
+    for old in _all(run.dir)[:-2] if run.main else ():
         shutil.rmtree(old, ignore_errors=True)
+    gpu.gather_objects(None)
 
 
-def _put(module, optimizer, weights, states):
-    """What a checkpoint has of a module and its optimizer, into both."""
-    dcp.set_model_state_dict(module, weights, options=WHOLE)
-    if states:
-        dcp.set_optimizer_state_dict(module, optimizer, states, options=dcp.StateDictOptions(**vars(WHOLE) | {"strict": False}))
-        for weight in [w for name, w in module.named_parameters() if name not in states["state"]]:
-            optimizer.state.pop(weight, None)  # it has had no gradient yet, and dcp would have it be one step old
+def _weights(title, module):
+    """What of a module's weights a checkpoint's state/ holds, by name: a language model's own are in the model folder."""
+    own = ((k, v) for k, v in module.state_dict().items() if not hasattr(module, "lm") or ".lora_" in k)
+    return {f"{title}.weights.{k}": v for k, v in own}
 
 
-def _states(module, optimizer):
-    """An optimizer's state, None before its first step: dcp would make one, whose step counter is at 1 already."""
-    return dcp.get_optimizer_state_dict(module, optimizer, options=WHOLE) if optimizer.state else None
+def _states(title, module, optimizer):
+    """The optimizer's states by the names of the weights; what is no plain tensor (8 bits) goes as an object."""
+    names = {weight: name for name, weight in module.named_parameters()}
+    return {
+        f"{title}.optimizer.{names[weight]}.{key}": x if type(x) in (torch.Tensor, DTensor) else (x,)
+        for weight, of in optimizer.state.items() for key, x in of.items()
+    }  # fmt: skip
+
+
+def _write_adapter(lm, folder):
+    """The LoRA layers as peft's PeftModel.from_pretrained takes them; folder None: only takes part."""
+    import peft
+
+    found = {name: gpu.whole(weight).cpu() for name, weight in lm.state_dict().items() if ".lora_" in name}
+    if folder:
+        found = peft.get_peft_model_state_dict(lm, found, save_embedding_layers=False)
+        lm.peft_config["default"].save_pretrained(folder)
+        save_file({f"base_model.model.{k}": v for k, v in found.items()}, folder / "adapter_model.safetensors")
+
+
+def _call(function, what, planner, **where):
+    """dcp.save or dcp.load, without its remarks; dictionaries stay objects."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        function(what, planner=planner(flatten_state_dict=False, flatten_sharded_tensors=False), **where)
+
+
+def read(folder, *starts):
+    """What the checkpoint in `folder` holds under names that begin so, whole, for this process alone: {name: tensor, object}.
+    policy.weights.<name> (adapters, or a module that is no Policy), policy.optimizer.<name>.<key>, the same with the name of
+    one of run.extra, state, schedules, queue.<process>."""
+    reader = dcp.FileSystemReader(folder / "state")
+    found = {k: _empty(x) for k, x in reader.read_metadata().state_dict_metadata.items() if k.startswith(starts)}
+    _call(dcp.load, found, dcp.DefaultLoadPlanner, storage_reader=reader, no_dist=True)
+    return found
+
+
+def weights(folder, title="policy"):
+    """{name: whole tensor} of what the checkpoint in `folder` has in state/ of the policy, or of one of run.extra."""
+    return {k.removeprefix(f"{title}.weights."): v for k, v in read(folder, f"{title}.weights.").items()}
+
+
+def _empty(about, like=None):
+    """A place for what metadata describe: sharded like a weight of the same shape, None for an object."""
+    if not isinstance(about, TensorStorageMetadata):
+        return None
+    if like is not None and like.dim() and about.size == like.shape:
+        return torch.empty_like(like, dtype=about.properties.dtype, requires_grad=False)
+    return torch.empty(about.size, dtype=about.properties.dtype)
 
 
 def may_push(repository):
@@ -73,24 +124,24 @@ def push(run):
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["state.pt", "manifest.json"])
+        hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=["state/*", "manifest.json"])
     except Exception as error:
         raise UserError(f"--push-to-hub {repository}: {reason(error)}; the model is in {folder}") from None
 
 
 def find(run, config=None):
-    """The newest whole checkpoint -> (folder, manifest, what save() wrote), or None. UserError where all are damaged, or it is
-    of another model than `config` describes."""
+    """The newest whole checkpoint -> (folder, manifest, run.state), or None. UserError where all are damaged, or it is of
+    another model than `config` describes. A collective: every process looks at its share of the files."""
     folders = _all(run.dir)
     for folder in reversed(folders):
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
-            for name, digest in manifest["files"].items():
-                if _digest(folder / name) != digest:
-                    raise ValueError(f"{name} is not what was written")
+            sums = {n: x for part in gpu.gather_objects(_digests(folder, manifest["files"])) for n, x in part.items()}
+            if bad := [name for name, digest in manifest["files"].items() if sums[name] != digest]:
+                raise ValueError(f"{bad[0]} is not what was written")
             if config is not None and manifest["model"] != _shape(config):
                 raise UserError(f"--resume {run.dir}: the checkpoint is of another model ({manifest['model']})")
-            return folder, manifest, torch.load(folder / "state.pt", weights_only=False, map_location="cpu")
+            return folder, manifest, read(folder, "state")["state"]
         except Exception as error:
             if run.main:
                 print(f"checkpoint {folder} is damaged ({reason(error)}); using the one before it", flush=True)
@@ -103,26 +154,31 @@ def find(run, config=None):
 
 def restore(run, found, policy, optimizer):
     """What find() gave into the policy, the optimizer and the run; with another number of processes the rollouts that wait
-    in the queue are shared out anew."""
-    folder, manifest, saved = found
+    in the queue are shared out anew. A collective; every process reads its own part."""
+    folder, manifest, _ = found
     if manifest["model"] != _key(policy):
         raise UserError(f"--resume {run.dir}: the checkpoint is of another model ({manifest['model']})")
-    # A tied head is in neither, since it is the embeddings; beside adapters the weights are those of the start.
-    weights = saved["own"] or {f"lm.{k}": v for k, v in load_file(folder / "model.safetensors").items()}
-    _put(policy, optimizer, weights, saved["optimizer"])
-    for name, pair in run.extra.items():
-        _put(*pair, *saved[name])
-    for schedule, state in zip(run.schedules, saved.get("schedules", ())):
+    if hasattr(policy, "lm") and not hasattr(policy.lm, "peft_config"):  # beside adapters the weights are those of the start
+        kept = policy.lm.state_dict()
+        if policy.lm.config.tie_word_embeddings:
+            kept.pop("lm_head.weight")  # it is stored once, as the embeddings
+        _call(dcp.load, kept, dcp.DefaultLoadPlanner, storage_reader=dcp.HuggingFaceStorageReader(folder))
+    reader = dcp.FileSystemReader(folder / "state")
+    there = reader.read_metadata().state_dict_metadata
+    for title, pair in dict(policy=(policy, optimizer), **run.extra).items():
+        _put(title, *pair, reader, there)
+    for schedule, state in zip(run.schedules, read(folder, "schedules")["schedules"]):
         schedule.load_state_dict(state)
         gpu.set_rate(schedule)  # --steps may have changed
-    if len(saved["queue"]) == gpu.world():
-        run.queue = saved["queue"][gpu.rank()]
-    elif saved["queue"][0]:
-        joined = [Batch.join(parts) for parts in zip(*saved["queue"])]
+    if manifest["world"] == gpu.world():
+        (run.queue,) = read(folder, f"queue.{gpu.rank()}.").values()
+    else:
+        waiting = read(folder, "queue.")
+        joined = [Batch.join(parts) for parts in zip(*(waiting[f"queue.{i}."] for i in range(manifest["world"])))]
         odd = [n for n in (len(b.ids) // b.group for b in joined) if n % gpu.world()]
         if odd:
             what = f"a rollout that waits has {odd[0]} groups, which {gpu.world()} processes cannot share evenly"
-            raise UserError(f"--resume {run.dir}: {what}; go on with {len(saved['queue'])}")
+            raise UserError(f"--resume {run.dir}: {what}; go on with {manifest['world']}")
         run.queue = [b.groups(gpu.local(torch.arange(len(b.ids) // b.group))) for b in joined]
     run.queue = [b.to(gpu.device()) for b in run.queue]
     if run.main:
@@ -130,6 +186,24 @@ def restore(run, found, policy, optimizer):
         for damaged in folders[folders.index(folder) + 1 :]:  # its step is run and saved again
             shutil.rmtree(damaged, ignore_errors=True)
         print(f"resumed from {folder}", flush=True)
+    gpu.gather_objects(None)  # before any process asks what is there
+
+
+def _put(title, module, optimizer, reader, there):
+    """What a checkpoint holds of a module and its optimizer, into both; a weight that had no gradient yet has no states."""
+    start, found = f"{title}.optimizer.", _weights(title, module)  # the weights are filled in place
+    weights = dict(module.named_parameters())
+    for name in (name for name in there if name.startswith(start)):
+        found[name] = _empty(there[name], weights[name.removeprefix(start).rpartition(".")[0]])
+    _call(dcp.load, found, dcp.DefaultLoadPlanner, storage_reader=reader)
+    states = {}
+    for name, x in found.items():
+        if name.startswith(start):
+            weight, _, key = name.removeprefix(start).rpartition(".")
+            states.setdefault(weight, {})[key] = x[0] if isinstance(x, tuple) else x
+    groups, names = optimizer.state_dict()["param_groups"], {weight: name for name, weight in weights.items()}
+    order = [names[weight] for group in optimizer.param_groups for weight in group["params"]]
+    optimizer.load_state_dict(dict(state={i: states[n] for i, n in enumerate(order) if n in states}, param_groups=groups))
 
 
 def rows(path):
@@ -169,6 +243,11 @@ def _all(folder):
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def _digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder, names):
+    """{name: what its bytes come to, None where it cannot be read} of this process's share of the files."""
+    found = {}
+    for name in list(names)[gpu.rank() :: gpu.world()]:
+        found[name] = None
+        with contextlib.suppress(OSError), open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

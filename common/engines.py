@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from transformers import DynamicCache
 
-from common import UserError, gpu
+from common import UserError, export, gpu
 from common.models import auto, end_tokens
 from common.policy import recorded
 from common.vllm_engine import VLLM
@@ -113,7 +113,7 @@ class HF:
     def sync(self):
         """The policy's weights into the copy, where there is one."""
         own = dict(self.lm.named_parameters()) | dict(self.lm.named_buffers())
-        for name, weight in gpu.full_weights(self.policy) if self.lm is not self.policy.lm else ():
+        for name, weight in export.full_weights(self.policy) if self.lm is not self.policy.lm else ():
             if name in own:
                 own[name].data.copy_(weight)
 

@@ -146,45 +146,6 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def full_weights(policy):
-    """(name, whole tensor) of every weight of policy.lm under its Hugging Face name, LoRA merged, `lm_head.weight` also
-    where it is tied to the embeddings, and of what else its checkpoints hold (the bias that balances a router's experts). A
-    collective: every rank must run through it."""
-    lm = policy.lm
-    kept = lm.state_dict().keys()
-    for name, buffer in lm.named_buffers():
-        if name in kept:
-            yield name.replace(".base_layer.", "."), whole(buffer)
-    for name, tensor in [(n, p) for n, p in lm.named_parameters() if ".lora_" not in n]:
-        weight = whole(tensor.detach())
-        if name.endswith(".base_layer.weight"):
-            module = lm.get_submodule(name.removesuffix(".base_layer.weight"))
-            a, b = (whole(x["default"].weight.detach()) for x in (module.lora_A, module.lora_B))
-            weight = weight + (module.scaling["default"] * (b.float() @ a.float())).to(weight.dtype)
-        elif ".base_layer." in name:  # experts in one parameter: peft wraps their module once for each
-            module = lm.get_submodule(name.partition(".base_layer.")[0])
-            while hasattr(module, "base_layer"):
-                if getattr(module, "parameter_name", None) == name.rpartition(".")[2]:
-                    weight = weight + module.get_delta_weight("default").to(weight.dtype)
-                module = module.base_layer
-        while ".base_layer." in name:
-            name = name.replace(".base_layer.", ".")
-        yield name, weight
-    if lm.config.tie_word_embeddings:
-        yield "lm_head.weight", whole(lm.get_input_embeddings().weight.detach())
-
-
-def write_weights(lm, weights, folder):
-    """config.json and model.safetensors of a model that transformers loads; a tied head is stored once."""
-    from safetensors.torch import save_file
-
-    if lm.config.tie_word_embeddings:
-        weights = {k: v for k, v in weights.items() if k != "lm_head.weight"}
-    lm.config.save_pretrained(folder)
-    lm.generation_config.save_pretrained(folder)
-    save_file(weights, folder / "model.safetensors", metadata=dict(format="pt"))
-
-
 def make_optimizer(policy, args):
     """AdamW over the trainable weights. adamw: states in their precision; adamw_sr: bfloat16 weights updated with stochastic
     rounding; adamw_8bit: the same with 8-bit states. The last two are torchao's."""

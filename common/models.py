@@ -180,7 +180,9 @@ def load(args, device, trainable=True, warm=None, denoiser=False, fresh=False):
             if not known.issuperset(names):
                 raise UserError(f"--lora-targets {args.lora_targets}: the model's layers are {', '.join(sorted(known))}")
         eyes = dict(exclude_modules=".*visual.*") if hasattr(config, "vision_config") else {}
-        lm = peft.inject_adapter_in_model(peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names, **eyes), lm)
+        settings = peft.LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules=names, task_type="CAUSAL_LM", **eyes)
+        settings.base_model_name_or_path = str(_folder(args, warm, fresh))
+        lm = peft.inject_adapter_in_model(settings, lm)
         if gpu.world() > 1 and any(hasattr(m, "parameter_name") for m in lm.modules()):
             raise UserError(f"model {args.model}: LoRA on experts that are one parameter works on one process only")
     if trainable and args.gradient_checkpointing:

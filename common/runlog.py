@@ -46,7 +46,7 @@ class Run:
         if vars(args).get("push_to_hub"):
             checkpoint.may_push(args.push_to_hub)
         self.found = checkpoint.find(self, config if trained else None) if args.resume else None
-        start = self.found[2]["state"]["step"] if self.found else 0
+        start = self.found[2]["step"] if self.found else 0
         if self.main:
             self._write_config(config, start)
             checkpoint.rewind(self.dir, start if self.found else -1)
@@ -108,9 +108,8 @@ class Run:
         """Starts the optimizers' schedules; a resumed run gets what the checkpoint found at the start holds."""
         self.schedules = gpu.make_schedules([optimizer, *(o for _, o in self.extra.values())], self.args)
         if self.found:
-            self.state = self.found[2]["state"]
+            self.state = self.found[2]
             checkpoint.restore(self, self.found, policy, optimizer)
-            self.found = None  # it may be large
 
     def steps(self, policy, optimizer, evaluate):
         """The numbers of the steps that are left; a step is done when it is logged, and comes again where it was not. What

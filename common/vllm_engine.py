@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-from common import UserError, gpu
+from common import UserError, export, gpu
 from common.models import end_tokens
 
 
@@ -65,7 +65,7 @@ class VLLM:
     def sync(self):
         """The policy's weights into the engine, which may be asleep. That they arrived shows in sampler_gap: summary()."""
         self.wake(["weights"])
-        weights = ((name, weight.to(self.device)) for name, weight in gpu.full_weights(self.policy))
+        weights = ((name, weight.to(self.device)) for name, weight in export.full_weights(self.policy))
         self.llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
         self.llm.reset_prefix_cache()
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 GRPO = ROOT / "algos" / "grpo.py"
@@ -27,7 +26,7 @@ GRPO = ROOT / "algos" / "grpo.py"
 CORES = sorted(os.sched_getaffinity(0), reverse=True)
 CORE = {CORES[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(CORES)]}
 LIMIT = 240  # seconds that one child may take: with a warm start in it, on a busy machine
-PRELOAD = """pytest torch torch.utils.tensorboard torch.distributed.tensor torch.distributed.checkpoint.state_dict tqdm tyro
+PRELOAD = """pytest torch torch.utils.tensorboard torch.distributed.tensor torch.distributed.checkpoint tqdm tyro
     filelock safetensors.torch transformers transformers.generation transformers.modeling_utils
     transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
     transformers.models.qwen2.modeling_qwen2""".split()
@@ -152,16 +151,42 @@ def logged(folder):
 def outcome(folder):
     """What must be the same for the same seed: metrics (without times), evaluations, samples as text, and the bytes of the
     final weights."""
+    from common import checkpoint
+
     folder = Path(folder)
     rows = lines(folder / "metrics.jsonl")
     metrics = [json.dumps({k: v for k, v in row.items() if not k.startswith("time/")}) for row in rows]
     last = checkpoints(folder)[-1]
     path = last / "model.safetensors"
-    weights = path.read_bytes() if path.exists() else torch.load(last / "state.pt", weights_only=False)["own"]
+    weights = path.read_bytes() if path.exists() else checkpoint.weights(last)
     return SimpleNamespace(
         metrics=metrics, evals=(folder / "evals.jsonl").read_text(), samples=(folder / "samples.jsonl").read_text(),
         last=last.name, weights=weights if path.exists() else {k: v.tolist() for k, v in weights.items()},
     )  # fmt: skip
+
+
+def contents(folder):
+    """All that a checkpoint's state/ holds: state, schedules, queue (of every process), own {name: weight}, optimizer {name of
+    a weight: its states}, and of what is trained besides (its weights, its optimizer's states) by its name."""
+    from common import checkpoint
+
+    found = dict(queue={}, own={}, optimizer={})
+    for entry, x in checkpoint.read(Path(folder), "").items():
+        title, _, rest = entry.partition(".")
+        kind, _, name = rest.partition(".")
+        weights, states = (found["own"], found["optimizer"]) if title == "policy" else (None, None)
+        if kind in ("weights", "optimizer") and title != "policy":
+            weights, states = found.setdefault(title, ({}, {}))
+        if kind == "weights":
+            weights[name] = x
+        elif kind == "optimizer":
+            weight, _, key = name.rpartition(".")
+            states.setdefault(weight, {})[key] = x
+        elif title == "queue":
+            found["queue"][int(kind)] = x
+        else:
+            found[title] = x
+    return found
 
 
 def killed(folder, copy, last):

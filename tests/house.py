@@ -6,8 +6,8 @@ import re
 FAMILY_FILES = ("pairs", "judge", "demonstrations", "diffusion", "thoughts", "vision", "measures", "figures", "items")
 # Who may not import whom: each row from low to high, and what is low never reaches what is high.
 ORDER = [
-    ("__init__", "gpu", "policy", "models", "batch", "vllm_engine", "engines", "rollout"),
-    ("__init__", "gpu", "policy", "models", "settings", "checkpoint"),
+    ("__init__", "gpu", "export", "policy", "models", "batch", "vllm_engine", "engines", "rollout"),
+    ("__init__", "gpu", "export", "policy", "models", "settings", "checkpoint"),
     ("__init__", "gpu", "policy", "models", "settings", "runlog"),
 ]
 # Names of scripts that are English or the house's own words as well.
@@ -38,7 +38,7 @@ PURPOSE = {
     "demonstrations": ("Said", "load", "evaluate"),
     "settings": ("resolve", "inherit"),
     "memory": ("memory_plan", "explain_plan"),
-    "checkpoint": ("save", "find", "restore", "rewind", "may_push", "push"),
+    "checkpoint": ("save", "find", "restore", "read", "rewind", "may_push", "push"),
 }
 
 
@@ -130,10 +130,10 @@ def two_users(sources):
 
 
 def line_caps(sources):
-    """The core of common/ under 3,015 lines, a file at most 260, a world (what makes a task) at most 115."""
+    """The core of common/ under 3,130 lines, a file at most 260, a world (what makes a task) at most 115."""
     lines = {p: len(t.splitlines()) for p, t in sources.items() if stem(p)}
     total = sum(lines[p] for p in core(sources))
-    complaints = [] if total < 3015 else [f"the core of common/ has {total} lines; it is to stay under 3,015"]
+    complaints = [] if total < 3130 else [f"the core of common/ has {total} lines; it is to stay under 3,130"]
     for path, n in lines.items():
         most = 115 if makes_task(path, sources[path]) else 260
         if n > most:

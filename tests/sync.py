@@ -30,7 +30,7 @@ WORLD = 60  # lines of a world at most
 # Who may have more, and why. A number is what is there, or the budget's where that is kept.
 EXCEPTIONS = {
     "ppo": (101, 34, "a critic: a second model with a loss and an optimizer of its own"),
-    "rto": (80, 20, "trains a DPO model first: two methods in one script"),
+    "rto": (79, 20, "trains a DPO model first: two methods in one script"),
     "rank_grpo": (69, 20, "a reward for every line: a list is cut into ranks by its token ids, and each is looked up"),
     "t_ppo": (80, 29, "responses outlive the step: a pool of slots, and two kinds of rows from the rollout to the log"),
     "poad": (200, 63, "episodes of many actions, in an environment: rollout, evaluation and critic are of another kind"),

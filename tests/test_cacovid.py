@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from algos import cacovid as script
 from common import UserError, gpu, policy, vision
 from common.worlds import tiny_vision
-from tests.helpers import ROOT, killed, lines, outcome, run, same, user_error
+from tests.helpers import ROOT, contents, killed, lines, outcome, run, same, user_error
 
 CACOVID = ROOT / "algos" / "cacovid.py"
 P = torch.tensor([0.02, 0.40, 0.05, 0.20, 0.03, 0.15, 0.10, 0.05])
@@ -503,7 +503,7 @@ def test_a_run_killed_and_resumed(tmp_path):
     assert all(row["tokens"] >= 4 * 3 * 8 * 4 and 0.0625 <= row["rate"] <= 0.125 for row in rows)
     assert rows[0]["approx_kl"] > 0 and 0 <= rows[0]["dead_groups"] < 1
     last = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1]
-    assert sorted(p.name for p in last.iterdir()) == ["manifest.json", "state.pt"]  # the selector alone
+    assert sorted(p.name for p in last.iterdir()) == ["manifest.json", "state"]  # the selector alone
     killed(tmp_path / "whole", tmp_path / "parts", 1)
     done = run(tmp_path, "--resume", tmp_path / "parts", script=CACOVID)
     assert done.code == 0, done.err
@@ -515,13 +515,13 @@ def test_what_a_run_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "unanswered", lambda *x: pytest.fail("asked"))
     flags = dict(steps=2, prompts_per_step=2, combinations=8, repetitions=2, eval_prompts=4, checkpoint_every=0)
     script.train(script.Args(**flags, layer_lr=0.0, blind_filter=False, run_dir=str(tmp_path / "run")))
-    saved = torch.load(next((tmp_path / "run" / "checkpoints").iterdir()) / "state.pt", weights_only=False)
+    saved = contents(next((tmp_path / "run" / "checkpoints").iterdir()))
     lm = gpu.body(AutoModelForImageTextToText.from_pretrained(script.needle().makers.warm_start(script.needle())))
     for name, weight in lm.layers[0].state_dict().items():
         assert torch.equal(saved["own"][f"layer.{name}"], weight)
     fresh = script.Selector(lm.layers, 1).state_dict()
     assert all(not torch.equal(saved["own"][k], w) for k, w in fresh.items() if k.startswith("heads.token"))
-    assert {int(x["step"]) for x in saved["optimizer"]["state"].values()} == {4}
+    assert {int(x["step"]) for x in saved["optimizer"].values()} == {4}
 
 
 @pytest.fixture(scope="module")

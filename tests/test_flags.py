@@ -1,6 +1,7 @@
 """Flags that users look for: own rewards, system prompts, stop strings, schedules, LoRA's choices, devices, trackers, the hub,
 sampled evaluations, rollouts that wait."""
 
+import fnmatch
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from algos import grpo, rlfr, spo
 from common import UserError, checkpoint, engines, gpu, models, rewards, rollout, settings, tasks
 from common.worlds import tiny as tiny_models
 from tests.batches import args, tiny
-from tests.helpers import ROOT, checkpoints, lines, outcome, run, same, user_error
+from tests.helpers import ROOT, checkpoints, contents, lines, outcome, run, same, user_error
 
 __all__ = ["tiny"]
 ADDITION = """--task addition --prompts-per-step 4 --group-size 2 --minibatches 2 --eval-prompts 8 --eval-every 0
@@ -294,7 +295,8 @@ def _hub():
             print("create", repository, kwargs)
 
         def upload_folder(self, repo_id, folder_path, ignore_patterns):
-            files = sorted(p.name for p in folder_path.iterdir() if p.name not in ignore_patterns)
+            files = [p.relative_to(folder_path).as_posix() for p in sorted(folder_path.rglob("*")) if p.is_file()]
+            files = [f for f in files if not any(fnmatch.fnmatch(f, pattern) for pattern in ignore_patterns)]
             print("upload", repo_id, folder_path.name, *files)
 
     huggingface_hub.HfApi, huggingface_hub.get_token = Hub, lambda: "token"
@@ -317,7 +319,7 @@ def test_push_to_hub(tmp_path):
     assert sentence.startswith("greedy accuracy ") and create == "create me/model {'private': True, 'exist_ok': True}"
     assert upload.split()[:3] == ["upload", "me/model", "step-000001"]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(upload.split()[3:])
-    assert not {"state.pt", "manifest.json"} & set(upload.split())
+    assert not [f for f in upload.split() if f == "manifest.json" or f.startswith("state")]
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
@@ -445,11 +447,9 @@ def test_a_schedule_follows_steps_that_are_changed_and_ppos_critic(tmp_path):
     done = run(tmp_path, "--resume", tmp_path / "run", "--steps", 4, script=ppo)
     assert done.code == 0, done.err
     assert [r["lr"] for r in lines(tmp_path / "run" / "metrics.jsonl")] == pytest.approx([1e-3, 5e-4, 5e-4, 2.5e-4])
-    saved = torch.load(checkpoints(tmp_path / "run")[-1] / "state.pt", weights_only=False)
+    saved = contents(checkpoints(tmp_path / "run")[-1])
     assert [s["base_lrs"] for s in saved["schedules"]] == [[1e-3], [4e-3]]
     assert {s["last_epoch"] for s in saved["schedules"]} == {4}
-    rates = [saved["optimizer"], saved["critic"][1]]
-    assert [next(iter(s["param_groups"]))["lr"] for s in rates] == pytest.approx([0.0, 0.0])
 
 
 def test_a_rank_without_prompts(monkeypatch):

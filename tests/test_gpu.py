@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from transformers import Qwen2Config
 from algos import grpo
 from common import UserError, gpu, memory, models, settings, tasks
 from common.worlds import tiny
-from tests.helpers import ROOT, run
+from tests.helpers import ROOT, checkpoints, contents, run
 
 GIB = memory.GIB
 SMALL = (
@@ -312,10 +313,19 @@ def test_two_ranks_train_any_module(tmp_path):
         launch(ranks, tmp_path / name, 4, "start", script=script, env=env)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, rel=1e-9, abs=1e-12)
+    cut = shutil.copytree(tmp_path / "two", tmp_path / "cut", ignore=shutil.ignore_patterns(".lock"))
     for name in ("one", "two"):
         launch(1, tmp_path / name, 8, "resume", script=script, env=env)
-    last = "checkpoints/step-000008/state.pt"
-    one, two = (torch.load(tmp_path / name / last, weights_only=False) for name in ("one", "two"))
+    one, two = (contents(checkpoints(tmp_path / name)[-1]) for name in ("one", "two"))
     assert one["own"].keys() == two["own"].keys() and one["own"]
     for name, value in one["own"].items():
         torch.testing.assert_close(two["own"][name], value, rtol=0, atol=1e-9)
+    # Each of two processes wrote a part: without one of them both go back to the checkpoint before, and write it anew.
+    before, last = checkpoints(cut)
+    assert sorted(p.name for p in (last / "state").iterdir()) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    whole, rows = contents(last), metrics(cut)
+    (last / "state" / "__1_0.distcp").unlink()
+    out = launch(2, cut, 4, "resume", script=script, env=env)
+    assert out.count(f"checkpoint {last} is damaged (state/__1_0.distcp is not what was written)") == 1
+    assert f"resumed from {before}" in out and metrics(cut) == rows
+    assert all(torch.equal(x, contents(last)["own"][name]) for name, x in whole["own"].items())

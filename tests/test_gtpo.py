@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from algos import grpo, gtpo
-from tests.helpers import ROOT, lines, run, tiny
+from tests.helpers import ROOT, contents, lines, run, tiny
 from tests.test_objectives import batch
 
 __all__ = ["tiny"]
@@ -224,7 +224,7 @@ def test_a_run_logs_its_conflicts(tiny, tmp_path):
         done = run(tmp_path, *argv, *more, "--run-dir", tmp_path / name, script=ROOT / "algos" / "gtpo.py")
         assert done.code == 0, done.err
         rows[name] = lines(tmp_path / name / "metrics.jsonl")
-        state = torch.load(tmp_path / name / "checkpoints" / "step-000002" / "state.pt", weights_only=False)
+        state = contents(tmp_path / name / "checkpoints" / "step-000002")
         initial[name] = state["state"]["initial_entropy"]
     assert initial["it"] == initial["off"] and math.log(2) < initial["it"]
     for row in rows["it"]:

@@ -8,7 +8,7 @@ from tests.sync import ROOT
 
 def sources(*folders):
     """{path: text} of the Python files of these folders of the repository, and of what lies below them."""
-    paths = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+    paths = [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py")) if "cache" not in p.parts]
     return {str(p.relative_to(ROOT)): p.read_text() for p in paths}
 
 
@@ -89,7 +89,7 @@ def test_each_rule_bites(rule, module, more, complaint):
 
 def test_the_core_is_counted_without_families_and_worlds():
     long = LINE * 250
-    core = GOOD | {f"common/part{i}.py": long for i in range(12)}
-    assert "the core of common/ has 30" in house.line_caps(core)[0]
+    core = GOOD | {f"common/part{i}.py": long for i in range(13)}
+    assert "the core of common/ has 32" in house.line_caps(core)[0]
     apart = {f"common/{name}.py": long for name in ("pairs", "vision", "worlds/tiny")}
-    assert house.line_caps(GOOD | apart | {f"common/part{i}.py": long for i in range(11)}) == []
+    assert house.line_caps(GOOD | apart | {f"common/part{i}.py": long for i in range(12)}) == []

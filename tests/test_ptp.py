@@ -12,7 +12,7 @@ import torch
 
 from algos import ptp as script
 from common import UserError, settings
-from tests.helpers import ROOT, checkpoints, die_at, lines, outcome, run, same, user_error
+from tests.helpers import ROOT, checkpoints, contents, die_at, lines, outcome, run, same, user_error
 
 PTP = ROOT / "algos" / "ptp.py"
 SMALL = "--steps 4 --batch-size 16 --width 16 --episodes 6 --demonstrations 5 --diffusion-steps 4".split()
@@ -386,7 +386,7 @@ def test_killed_and_resumed(whole, tmp_path):
     done = run(tmp_path, "--resume", tmp_path / "run", script=PTP)
     assert done.code == 0, done.err
     same(outcome(tmp_path / "run"), outcome(folder))
-    saved = torch.load(checkpoints(tmp_path / "run")[-1] / "state.pt", weights_only=False)["own"]
+    saved = contents(checkpoints(tmp_path / "run")[-1])["own"]
     assert not torch.equal(saved["average.module.step.weight"], saved["net.step.weight"])
     assert saved["average.n_averaged"].item() == 4
 

@@ -13,7 +13,7 @@ import torch
 from algos import grpo, rlfr
 from common import UserError, engines, gpu, models, rollout, tasks
 from common.batch import Meter, collate, read
-from tests.helpers import ROOT, checkpoints, lines, outcome, run, same, tiny, user_error
+from tests.helpers import ROOT, checkpoints, contents, lines, outcome, run, same, tiny, user_error
 
 __all__ = ["tiny"]
 
@@ -500,13 +500,12 @@ def test_the_flow_and_its_optimizer_survive_a_resume(tmp_path):
     a, b = outcome(tmp_path / "whole"), outcome(tmp_path / "parts")
     a.evals = b.evals = ""
     same(a, b)
-    one, two = (torch.load(checkpoints(tmp_path / n)[-1] / "state.pt", weights_only=False) for n in ("whole", "parts"))
+    one, two = (contents(checkpoints(tmp_path / n)[-1]) for n in ("whole", "parts"))
     (weights, states), (again, same_states) = one["flow"], two["flow"]
     assert all(torch.equal(weights[k], again[k]) for k in weights) and len(one["state"]["fit"]) == 12
     assert one["state"]["fit"] == two["state"]["fit"] and len(one["queue"][0]) == len(two["queue"][0]) == 1
-    for name, state in states["state"].items():
-        assert all(torch.equal(state[k], same_states["state"][name][k]) for k in state)
-        assert states["param_groups"][0]["lr"] == 1e-3
+    for name, state in states.items():
+        assert all(torch.equal(state[k], same_states[name][k]) for k in state)
         assert state["step"] == 3  # two rollouts before the first update, one before the second: the first fit's is another's
 
 

@@ -16,7 +16,22 @@ import torch
 from safetensors.torch import load_file
 
 from tests import helpers
-from tests.helpers import GRPO, ROOT, SMALL, Child, checkpoints, die_at, lines, outcome, run, same, start, tiny, user_error
+from tests.helpers import (
+    GRPO,
+    ROOT,
+    SMALL,
+    Child,
+    checkpoints,
+    contents,
+    die_at,
+    lines,
+    outcome,
+    run,
+    same,
+    start,
+    tiny,
+    user_error,
+)
 
 __all__ = ["tiny"]
 SCRIPTS = sorted(p.stem for p in (ROOT / "algos").glob("*.py") if p.stem != "__init__")
@@ -133,7 +148,7 @@ def test_two_checkpoints_stay_and_are_whole(whole):
     assert [p.name for p in (whole[0] / "checkpoints").iterdir() if p.name.endswith(".tmp")] == []
     for folder in folders:
         files = json.loads((folder / "manifest.json").read_text())["files"]
-        assert {p.name for p in folder.iterdir()} - {"manifest.json"} == set(files)
+        assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"} == set(files)
         for name, digest in files.items():
             assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest
     a, b = (load_file(f / "model.safetensors") for f in folders)
@@ -225,9 +240,10 @@ def test_killed_in_a_step(whole, tmp_path):
 @pytest.mark.parametrize(
     "function, argument, after, left",
     [
-        ("torch.save", "step-000004.tmp", False, ["step-000002"]),
-        ("os.rename", "step-000004.tmp", False, ["step-000002"]),
-        ("os.rename", "step-000006.tmp", True, ["step-000002", "step-000004", "step-000006"]),
+        ("safetensors.torch.save_file", "step-000004.tmp", False, ["step-000002"]),
+        ("os.rename", "step-000004.tmp/state/.metadata", False, ["step-000002"]),
+        ("os.rename", "step-000004.tmp')", False, ["step-000002"]),
+        ("os.rename", "step-000006.tmp')", True, ["step-000002", "step-000004", "step-000006"]),
     ],
 )
 def test_killed_while_a_checkpoint_is_written(whole, tmp_path, function, argument, after, left):
@@ -242,7 +258,7 @@ def test_killed_while_a_checkpoint_is_written(whole, tmp_path, function, argumen
 def test_killed_before_the_first_checkpoint(whole, tmp_path):
     """Nothing to continue from: the same command must then be able to start again, or --resume to start at step 0."""
     folder = tmp_path / "run"
-    killed(start(tmp_path, *SMALL, "--run-dir", folder, before=functools.partial(die_at, "torch.save", "step-000002")))
+    killed(start(tmp_path, *SMALL, "--run-dir", folder, before=functools.partial(die_at, "os.rename", "step-000002.tmp/state")))
     done = run(tmp_path, "--resume", folder)
     if done.code:
         assert "no checkpoint yet" in user_error(done)
@@ -324,7 +340,7 @@ def flip(path):
     [
         lambda f: cut(f / "model.safetensors"),
         lambda f: flip(f / "model.safetensors"),
-        lambda f: cut(f / "state.pt"),
+        lambda f: cut(f / "state" / "__0_0.distcp"),
         lambda f: (f / "manifest.json").unlink(),
     ],
     ids=["weights cut", "a bit of the weights", "state cut", "no manifest"],
@@ -451,8 +467,8 @@ def test_an_update_that_is_not_finite_is_skipped(tiny, tmp_path):
     folder = checkpoints(tmp_path / "run")[-1]
     a, b = load_file(f"{tiny}/model.safetensors"), load_file(folder / "model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    saved = torch.load(folder / "state.pt", weights_only=False)
-    assert saved["state"]["skipped"] == 2 and saved["optimizer"] is None  # it has made no step
+    saved = contents(folder)
+    assert saved["state"]["skipped"] == 2 and not saved["optimizer"]  # it has made no step
 
 
 def test_the_run_goes_on_after_a_skipped_update(tiny, tmp_path):
@@ -696,7 +712,7 @@ def fit(tmp_path, folder, **kwargs):
 def fitted(folder):
     """What must be the same bit for bit; floats as their bits."""
     last = checkpoints(folder)[-1]
-    state = torch.load(last / "state.pt", weights_only=False)
+    state = contents(last)
     assert {"own", "beside", "optimizer", "state"} <= state.keys() and len(state["own"]) >= 4
     rows = [{k: v for k, v in r.items() if not k.startswith("time/")} for r in lines(folder / "metrics.jsonl")]
     return last.name, rows, lines(folder / "evals.jsonl"), plain(state)
@@ -725,12 +741,12 @@ def test_any_module_can_be_trained(whole_fit):
     first, after = evals[0]["error"], evals[-1]["error"]
     assert done.out.splitlines()[-1] == f"error {first:.2f} -> {after:.2f} on 8 held-out prompts" and after < first
     assert json.loads((folder / "config.json").read_text())["model_config"] is None
-    assert {p.name for p in checkpoints(folder)[-1].iterdir()} == {"state.pt", "manifest.json"}  # no model folder
+    assert {p.name for p in checkpoints(folder)[-1].iterdir()} == {"state", "manifest.json"}  # no model folder
 
 
 @pytest.mark.parametrize(
     "function, argument, after",
-    [("torch.save", "000002.tmp", False), ("torch.save", "000004.tmp", False), ("os.rename", "000004.tmp", True)],
+    [("os.rename", "000002.tmp/state", False), ("os.rename", "000004.tmp/state", False), ("os.rename", "000004.tmp')", True)],
 )
 def test_any_module_survives_a_kill(whole_fit, tmp_path, function, argument, after):
     dead = fit(tmp_path, tmp_path / "run", before=functools.partial(die_at, function, argument, after))
@@ -743,7 +759,7 @@ def test_any_module_survives_a_kill(whole_fit, tmp_path, function, argument, aft
 
 def test_a_damaged_checkpoint_of_any_module(whole_fit, tmp_path):
     shutil.copytree(whole_fit[0], tmp_path / "run")
-    flip(checkpoints(tmp_path / "run")[-1] / "state.pt")
+    flip(checkpoints(tmp_path / "run")[-1] / "state" / "__0_0.distcp")
     done = fit(tmp_path, tmp_path / "run", resume=True)
     assert done.code == 0 and "step-000006 is damaged (" in done.out, done.err
     assert fitted(tmp_path / "run") == whole_fit[2]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from algos import grpo, sft
 from common import UserError, demonstrations, encoding, gpu, memory, models, settings, tasks
 from common.worlds import tiny as tiny_models
-from tests.helpers import ROOT, checkpoints, die_at, lines, outcome, run, same, tiny, user_error
+from tests.helpers import ROOT, checkpoints, contents, die_at, lines, outcome, run, same, tiny, user_error
 
 __all__ = ["tiny"]
 SFT = ROOT / "algos" / "sft.py"
@@ -317,7 +317,7 @@ def test_lora_from_a_local_folder_on_conversations(tmp_path):
     last = f"perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f} on 3 held-out prompts"
     assert done.out.splitlines()[-1] == last and after["perplexity"] < before["perplexity"] and "greedy_accuracy" not in after
     assert "memory plan per process" in done.out
-    own = torch.load(checkpoints(tmp_path / "run")[-1] / "state.pt", weights_only=False)["own"]
+    own = contents(checkpoints(tmp_path / "run")[-1])["own"]
     assert own and all(".lora_" in name for name in own)
     start, end = (load_file(p / "model.safetensors") for p in (tmp_path / "model", checkpoints(tmp_path / "run")[-1]))
     assert torch.equal(start["model.embed_tokens.weight"], end["model.embed_tokens.weight"])

@@ -14,7 +14,7 @@ from tests import parts
 from tests.batches import chain_scorer as scorer
 from tests.batches import heard
 from tests.card import example
-from tests.helpers import ROOT, checkpoints, lines, run
+from tests.helpers import ROOT, checkpoints, contents, lines, run
 
 CLOSE = dict(rtol=0, atol=1e-6)
 SCRIPT = ROOT / "algos" / "soft_tokens.py"
@@ -331,7 +331,7 @@ def test_what_a_run_logs(tmp_path):
     assert one["grad_norm"] < one["thought_grad_norm"] + one["token_grad_norm"]
     assert 0.1 < one["thought_entropy"] < 0.5 and 0 < one["token_entropy"] < 0.5
     assert {"greedy_accuracy", "discrete_accuracy", "prompts", "step"} == set(evals[0])
-    state = torch.load(checkpoints(tmp_path / "it")[-1] / "state.pt", weights_only=False)["state"]
+    state = contents(checkpoints(tmp_path / "it")[-1])["state"]
     a = SimpleNamespace(model="tiny", task="chain:slips", dtype="float32", lora_rank=0, gradient_checkpointing=False, seed=1)
     weight = models.load(a, torch.device("cpu")).lm.get_input_embeddings().weight
     assert state["sigma"] == soft_tokens.deviation(weight, args()) > 0.03

@@ -12,7 +12,7 @@ from algos import spo
 from common import models, tasks, worlds
 from common.batch import collate, minibatches
 from common.tasks import Example
-from tests.helpers import lines, outcome, same, tiny
+from tests.helpers import contents, lines, outcome, same, tiny
 
 __all__ = ["tiny"]
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -464,7 +464,7 @@ def test_a_tree_in_two_halves(train, tmp_path):
     more = dict(mode="tree", edges_now=8, branches=(3, 3, 3), segment_tokens=5, checkpoint_every=1)
     train(tmp_path / "whole", steps=2, **more)
     train(tmp_path / "parts", **more)
-    state = torch.load(tmp_path / "parts" / "checkpoints" / "step-000001" / "state.pt", weights_only=False)
+    state = contents(tmp_path / "parts" / "checkpoints" / "step-000001")
     (waits,) = state["queue"][0]
     assert waits.group in (8, 16, 24) and (waits.policy_version == 0).all() and waits.old_logp.any()
     shutil.copytree(tmp_path / "parts", tmp_path / "copy")  # this process may hold the lock of the first one

@@ -8,7 +8,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub.constants
 import pytest
-import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from algos import training_free_grpo as tf
@@ -16,7 +15,7 @@ from algos.training_free_grpo import Rules
 from common import UserError, rewards, settings, tasks
 from common.worlds import tiny
 from runs.panels import training_free_grpo as panel
-from tests.helpers import ROOT, checkpoints, lines, run
+from tests.helpers import ROOT, checkpoints, contents, lines, run
 
 SCRIPT = ROOT / "algos" / "training_free_grpo.py"
 GROUPS = dict(A=(1, 1, 1), B=(0, 0, 0), C=(1, 0, 1), D=(0, 1, 0))
@@ -501,7 +500,7 @@ def outcome(folder):
     rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in lines(folder / "metrics.jsonl")]
     library = {p.name: p.read_text() for p in folder.glob("library-*.txt")}
     last = checkpoints(folder)[-1]
-    state = torch.load(last / "state.pt", weights_only=False)["state"]
+    state = contents(last)["state"]
     return rows, library, (folder / "samples.jsonl").read_text(), lines(folder / "evals.jsonl")[-1], state, last.name
 
 
@@ -514,7 +513,7 @@ def test_two_halves_are_the_whole(tmp_path):
         assert done.code == 0 and done.err == "", done.err
     rows, library, samples, last, state, name = outcome(whole)
     assert outcome(parts) == (rows, library, samples, last, state, name) and name == "step-000003"
-    assert {p.name for p in checkpoints(whole)[-1].iterdir()} == {"state.pt", "manifest.json"}
+    assert {p.name for p in checkpoints(whole)[-1].iterdir()} == {"state", "manifest.json"}
     words = list(state["library"].values())
     assert len(library) == 3 and library["library-3.txt"] == tf.listed(state["library"]) + "\n"
     assert all(f"             {line}\n" in done.out for line in library["library-3.txt"].splitlines())

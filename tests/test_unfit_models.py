@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common import UserError, checkpoint, gpu, models
+from common import UserError, checkpoint, export, models
 from common.worlds import tiny
 
 SMALL = dict(
@@ -107,7 +107,7 @@ def test_generation_settings_cost_no_checkpoint(tmp_path):
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps(dict(do_sample=False, temperature=0.6, eos_token_id=[1, 5])))
     policy = load(args)
-    gpu.write_weights(policy.lm, policy.lm.state_dict(), tmp_path)
+    export.write_weights(policy.lm, policy.lm.state_dict().items(), tmp_path)
     assert models.end_tokens(policy.lm, models.load_tokenizer(args)) == [1, 5]
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [1, 5] and checkpoint._key(policy)
 
@@ -142,7 +142,7 @@ def test_what_is_no_parameter_is_in_the_checkpoint(tmp_path):
         mine = log_probs(policy)[0]
     assert (mine - before).abs().max() > 0.01
     (tmp_path / "second").mkdir()
-    gpu.write_weights(policy.lm, {k: v.contiguous() for k, v in gpu.full_weights(policy)}, tmp_path / "second")
+    export.write_weights(policy.lm, export.full_weights(policy), tmp_path / "second")
     tiny.characters().save_pretrained(tmp_path / "second")
     args.model = str(tmp_path / "second")
     with torch.no_grad():
@@ -182,10 +182,10 @@ def test_lora_on_experts_is_merged_into_the_checkpoint(tmp_path, kind, more):
             if ".lora_" in name:
                 weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
         mine = log_probs(policy)[0]
-        full = {k: v.contiguous() for k, v in gpu.full_weights(policy)}
+        full = {k: v.contiguous() for k, v in export.full_weights(policy)}
     assert (mine - before).abs().max() > 0.1 and any("experts" in name for name in full)
     (tmp_path / "second").mkdir()
-    gpu.write_weights(policy.lm, full, tmp_path / "second")
+    export.write_weights(policy.lm, full.items(), tmp_path / "second")
     tiny.characters().save_pretrained(tmp_path / "second")
     args.model, args.lora_rank = str(tmp_path / "second"), 0
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from algos import unmasking_policy as script
 from common import UserError, models, settings
 from common.batch import Meter, collate
-from tests.helpers import checkpoints, lines
+from tests.helpers import checkpoints, contents, lines
 
 CLOSE = dict(rtol=0, atol=1e-6)
 LOGITS = [0.5, -2.0, 1.0, 0.3]
@@ -360,8 +360,8 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     assert out[-1] == f"greedy accuracy {ends[0]} -> {ends[1]} on 8 prompts"
     assert not any("talk to it" in line or "from_pretrained" in line for line in out)
     last = checkpoints(tmp_path / "run")[-1]
-    assert sorted(p.name for p in last.iterdir()) == ["manifest.json", "state.pt"]
-    saved = torch.load(last / "state.pt", weights_only=False)
+    assert sorted(p.name for p in last.iterdir()) == ["manifest.json", "state"]
+    saved = contents(last)
     policy = script.UnmaskingPolicy(settings.resolve(script.Args())[0])
     policy.load_state_dict(saved["own"])
     shown = lines(tmp_path / "run" / "samples.jsonl")[0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common import engines as samplers
-from common import gpu, models, rollout, tasks
+from common import export, models, rollout, tasks
 from common.batch import read
 from common.worlds import tiny
 
@@ -68,7 +68,7 @@ def four_heads(folder):
     config = Qwen2Config(**tiny.config().to_dict() | dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
     lm = Qwen2ForCausalLM(config)
     tiny.characters().save_pretrained(folder)
-    gpu.write_weights(lm, lm.state_dict(), folder)
+    export.write_weights(lm, lm.state_dict().items(), folder)
     flags = "--task letters --group-size 4 --minibatches 2 --max-new-tokens 60 --dtype float32 --optimizer adamw --lr 1e-3"
     return ["--model", str(folder), *flags.split(), "--gradient-checkpointing", "False", "--checkpoint-every", "0"]
 

@@ -8,7 +8,7 @@ import torch
 
 from algos import xar as script
 from common import UserError, settings
-from tests.helpers import ROOT, checkpoints, killed, lines, outcome, run, same, user_error
+from tests.helpers import ROOT, checkpoints, contents, killed, lines, outcome, run, same, user_error
 
 ENTITIES = "token cell subsample scale image".split()
 CLOSE = dict(rtol=0, atol=1e-6)
@@ -375,7 +375,7 @@ def test_as_a_user(tmp_path):
     done = run(tmp_path, "--resume", tmp_path / "parts", script=PATH)
     assert done.code == 0, done.err
     same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
-    saved = torch.load(checkpoints(tmp_path / "parts")[-1] / "state.pt", weights_only=False)
+    saved = contents(checkpoints(tmp_path / "parts")[-1])
     policy = script.Generator(script.Args())
     policy.load_state_dict(saved["own"])
     assert policy.ema.n_averaged == 4 and not torch.equal(policy.ema.module.inner.weight, policy.net.inner.weight)
@@ -390,7 +390,7 @@ def trained(folder, **flags):
     """A run of two updates -> its weights, all as one, and its last evaluation."""
     few = dict(steps=2, batch_size=8, samples=8, sampling_steps=2, eval_every=0, checkpoint_every=0, warmup_steps=0)
     script.train(script.Args(**few | flags, run_dir=str(folder)))
-    saved = torch.load(checkpoints(folder)[-1] / "state.pt", weights_only=False)["own"]
+    saved = contents(checkpoints(folder)[-1])["own"]
     kept = {part: torch.cat([v.flatten() for k, v in saved.items() if k.startswith(part)]) for part in ("net", "ema.module")}
     return kept, lines(folder / "evals.jsonl")[-1]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common import ROOT, UserError, gpu, whole_folder
+from common import ROOT, UserError, export, whole_folder
 from common.encoding import tokenize
 
 CHARACTERS = "\n +-*/=().,:?" + "0123456789" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "abcdefghijklmnopqrstuvwxyz"
@@ -118,8 +118,8 @@ def stored(task, name, made_of, make, reader, cache=None, fresh=False):
                     what = f"making a {name} model for {task.name}: supervised training of a minute or two, once"
                     print(f"{what} (then it lies in {cache})", flush=True)
                 lm = make()
-                with whole_folder(folder, "the warm-started model") as scratch:
-                    gpu.write_weights(lm, lm.state_dict(), scratch)  # transformers' save_pretrained writes none outside rank 0
+                with whole_folder(folder, "the warm-started model") as scratch:  # transformers writes none outside rank 0
+                    export.write_weights(lm, lm.state_dict().items(), scratch)
                     reader.save_pretrained(scratch)
     return str(folder)
 

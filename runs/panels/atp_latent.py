@@ -6,8 +6,7 @@ import re
 import torch
 
 from algos import atp_latent
-from common import gpu, models, settings
-from common.checkpoint import WHOLE, dcp
+from common import checkpoint, gpu, models, settings
 from runs import launch, pictures
 from runs.panels import SEEDS, columns, rows
 
@@ -32,9 +31,9 @@ def trained(flags, seed):
     tokenizer, run = models.load_tokenizer(args), type("Run", (), dict(extra={}))
     task, marks = atp_latent.questions(args, tokenizer)
     policy, heads, decoder = atp_latent.make_parts(models.load(args, gpu.device()), args, run)
-    saved = torch.load(sorted((folder / "checkpoints").glob("step-*"))[-1] / "state.pt", weights_only=False)
+    last = sorted((folder / "checkpoints").glob("step-*"))[-1]
     for name, module in dict(heads=heads, decoder=decoder).items():
-        dcp.set_model_state_dict(module, saved[name][0], options=WHOLE)
+        module.load_state_dict(checkpoint.weights(last, name))
     return atp_latent.make_engine(policy, heads, tokenizer, marks, args), decoder, task, tokenizer, args
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from algos import cacovid
-from common import UserError, gpu, models, settings, vision
+from common import UserError, checkpoint, gpu, models, settings, vision
 from common.worlds import tiny_vision
 from runs import launch, pictures
 from runs.panels import SEEDS, rows
@@ -45,7 +45,7 @@ def learned(s, flags, seed):
     if not found:
         raise UserError(f"runs/compare/{name} is missing: the comparisons of runs/reference/README.md make it")
     selector = cacovid.Selector(gpu.body(s.policy.lm).layers, seed)
-    selector.load_state_dict(torch.load(found[-1] / "state.pt", weights_only=False, map_location="cpu")["own"])
+    selector.load_state_dict(checkpoint.weights(found[-1]))
     return selector
 
 

@@ -6,7 +6,7 @@ import statistics
 import torch
 
 from algos import fourier_head
-from common import UserError
+from common import UserError, checkpoint
 from runs import launch
 from runs.panels import SEEDS, rows
 
@@ -35,7 +35,7 @@ def said(args, inputs):
     if not found:
         raise UserError(f"runs/compare/{name} is missing: the comparisons of runs/reference/README.md make it")
     net = fourier_head.Network(args)
-    net.load_state_dict(torch.load(found[-1] / "state.pt", weights_only=False, map_location="cpu")["own"])
+    net.load_state_dict(checkpoint.weights(found[-1]))
     return net(inputs.float()).softmax(1)
 
 

@@ -7,7 +7,7 @@ import statistics
 import torch
 
 from algos import ptp
-from common import UserError, gpu
+from common import UserError, checkpoint, gpu
 from runs import launch
 from runs.panels import SEEDS, rows
 
@@ -32,7 +32,7 @@ def played(flags, seed):
         raise UserError(f"{folder} is missing: the comparisons of runs/reference/README.md make it")
     args = ptp.Args(**json.loads((folder / "config.json").read_text())["args"])
     policy = ptp.DiffusionPolicy(args, torch.zeros(1))
-    policy.load_state_dict(torch.load(found[-1] / "state.pt", weights_only=False, map_location="cpu")["own"])
+    policy.load_state_dict(checkpoint.weights(found[-1]))
     _, states, _ = ptp.roll_out(policy, args, gpu.hash_seed(seed, 2))  # as the evaluation's
     return states, ptp.judged(states)["success"]
 

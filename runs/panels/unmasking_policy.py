@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 
 from algos import mdlm, unmasking_policy
-from common import UserError, diffusion, gpu, models, settings, tasks
+from common import UserError, checkpoint, diffusion, gpu, models, settings, tasks
 from runs import launch
 from runs.panels import SEEDS
 
@@ -73,7 +73,7 @@ def learned(s, name, n, **changes):
     if not found:
         raise UserError(f"runs/compare/{name} is missing: the comparisons of runs/reference/README.md make it")
     policy, trace = unmasking_policy.UnmaskingPolicy(s.args).eval(), []
-    policy.load_state_dict(torch.load(found[-1] / "state.pt", weights_only=False, map_location="cpu")["own"])
+    policy.load_state_dict(checkpoint.weights(found[-1]))
     out = filled(s, partial(unmasking_policy.unmask, policy, trace), n, **changes)
     steps = torch.cat([saw["valid"].any(2).sum(1) for saw in trace]).double()  # in blocks, canvases wait for each other
     return out | dict(steps=steps.mean().item())

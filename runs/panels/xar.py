@@ -6,7 +6,7 @@ import statistics
 import torch
 
 from algos import xar
-from common import UserError, gpu
+from common import UserError, checkpoint, gpu
 from runs import compare, launch, pictures
 from runs.panels import SEEDS
 
@@ -36,7 +36,7 @@ def drawn(flags, seed):
     place = folder(flags, seed)
     args = xar.Args(**json.loads((place / "config.json").read_text())["args"])
     policy, last = xar.Generator(args), sorted((place / "checkpoints").glob("step-*"))[-1]
-    policy.load_state_dict(torch.load(last / "state.pt", weights_only=False, map_location="cpu")["own"])
+    policy.load_state_dict(checkpoint.weights(last))
     label, g = torch.arange(xar.NULL), torch.Generator().manual_seed(gpu.hash_seed(seed, 2, 2))
     noise = torch.randn(xar.NULL, 1, len(policy.net.which), 12, generator=g)
     images = xar.joined(xar.sample(policy.ema.module, label, noise, args)[0], args.entity)
