@@ -29,8 +29,8 @@ import tyro
 from common import UserError
 from tests.bench.__main__ import ROOT, band, environment, processor
 
-# task -> rollouts, rollouts between evaluations; both have eight evaluations in their last quarter.
-RUNS = {"addition:3": (30, 1), "route": (120, 4)}
+# task -> rollouts, rollouts between evaluations: seven or eight evaluations in the last quarter.
+RUNS = {"addition:3": (30, 1), "route": (100, 4)}
 SHARE = 0.9  # of the lower plateau
 GOAL = 0.5  # ratio of the seconds, at most
 
@@ -148,18 +148,21 @@ def theirs(options, folder):
 
 
 def one_run(options):
-    """-> the line of JSON: curve is [(rollouts, seconds, tokens, greedy accuracy)], the first of it before training."""
+    """-> the line of JSON: curve is [(rollouts, seconds, tokens, greedy accuracy)], the first before training; core is the
+    share of the run's time that its thread had a core for: well below 1, the machine was busy with something else."""
     import torch
 
+    wall, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         args, rollouts, evals = dict(ours=ours, trl=theirs)[options.side](options, folder)
+    core = (time.process_time() - cpu) / (time.perf_counter() - wall)
     assert torch.get_num_threads() == 1 and len(rollouts) == args.steps == evals[-1][0], (rollouts, evals)
     curve = [[n, *(sum(r[k] for r in rollouts[:n]) for k in ("seconds", "tokens")), accuracy] for n, accuracy in evals]
     kept = """prompts_per_step group_size minibatches epochs lr temperature max_new_tokens eps max_grad_norm weight_decay
               steps eval_every eval_prompts""".split()
     found = {k: v for k, v in asdict(args).items() if k in kept}
     return dict(side=options.side, task=args.task, seed=args.seed, model=Path(args.model).name, settings=found, curve=curve,
-                rewards=[r["reward"] for r in rollouts])  # fmt: skip
+                rewards=[r["reward"] for r in rollouts], core=core)  # fmt: skip
 
 
 # ---------------------------------------------------------------- pairs of runs
@@ -256,7 +259,7 @@ def main(options):
                 found[side].append(r)
                 n, seconds, tokens, last = r["curve"][-1]
                 change = f"greedy accuracy {r['curve'][0][3]:.3f} -> {last:.3f}, plateau {plateau(r['curve']):.3f}"
-                counted = f"{n} rollouts, {seconds:.1f} s, {tokens:,} tokens"
+                counted = f"{n} rollouts, {seconds:.1f} s, {tokens:,} tokens, had a core for {r['core']:.0%}"
                 print(f"{task} {pair}/{options.pairs} {side}: {counted}; {change}", flush=True)
             a, b = found["ours"][-1], found["trl"][-1]
             same_start(a, b)
