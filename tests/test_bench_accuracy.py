@@ -5,6 +5,7 @@ import copy
 import json
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,12 @@ SLOW = [[0, 0, 0, 0.1], [2, 10.0, 210, 0.3], [4, 20.0, 400, 0.6], [6, 30.0, 600,
 def line(side, curve, first=0.3):
     settings = dict(prompts_per_step=32, group_size=8, lr=1e-4)
     return dict(side=side, task="route", seed=1, model="tiny-route", settings=settings, curve=curve, rewards=[first, 0.5])
+
+
+def test_a_curve_counts_from_the_start():
+    rollouts = [dict(seconds=s, tokens=t, reward=0.5) for s, t in ((1.5, 10), (2.0, 20), (4.0, 50))]
+    found = accuracy.curve(rollouts, [(0, 0.1), (2, 0.2), (3, 0.3)])
+    assert found == [[0, 0, 0, 0.1], [2, 3.5, 30, 0.2], [3, 7.5, 80, 0.3]]
 
 
 def test_a_plateau_is_the_mean_of_the_last_quarter():
@@ -82,8 +89,35 @@ def test_a_threshold_at_the_start_is_refused():
     start = [[0, 0, 0, 0.8], *FAST[1:]]
     with pytest.raises(UserError, match="route, seed 1: the start's accuracy is at the threshold, 0.720"):
         accuracy.compare(line("ours", start), line("trl", SLOW))
+
+
+def test_a_task_without_a_number_of_rollouts_is_refused_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(accuracy, "environment", lambda: pytest.fail("it was about to make the environment"))
     with pytest.raises(UserError, match="--tasks gsm8k: how many rollouts"):
         accuracy.main(accuracy.Options(tasks=("gsm8k",)))
+
+
+def test_pairs_run_in_turn_and_are_written_as_they_come(monkeypatch, tmp_path, capsys):
+    calls, out = [], tmp_path / "new" / "accuracy"
+
+    def one(python, side, task, seed, options):
+        assert seed == 1 or json.loads(out.with_suffix(".json").read_text())["results"]["route"]["pairs"]  # pair 1 is there
+        calls.append((python, side, task, seed))
+        return line(side, FAST if side == "ours" else SLOW) | dict(seed=seed, core=0.5)
+
+    monkeypatch.setattr(accuracy, "environment", lambda: "an interpreter")
+    monkeypatch.setattr(accuracy, "run", one)
+    monkeypatch.setattr(accuracy.subprocess, "run", lambda argv, **kwargs: SimpleNamespace(stdout="2.13 5.19 1.16.0\n"))
+    accuracy.main(accuracy.Options(tasks=("route",), pairs=2, out=str(out)))
+    assert calls == [("an interpreter", side, "route", seed) for seed in (1, 2) for side in ("ours", "trl")]
+    record, told = json.loads(out.with_suffix(".json").read_text()), capsys.readouterr().out
+    assert record["versions"] == dict(torch="2.13", transformers="5.19", trl="1.16.0") and record["share"] == 0.9
+    found = record["results"]["route"]
+    assert [p["seconds"] for p in found["pairs"]] == pytest.approx([8 / 30] * 2)
+    assert found["trl"][1]["curve"] == SLOW and found["ours"][0]["curve"] == FAST
+    assert "route 2/2 trl: 8 rollouts, 40.0 s, 810 tokens, had a core for 50%; greedy accuracy 0.100 -> 0.800" in told
+    ending = out.with_suffix(".md").read_text().partition("\n\n")[2]
+    assert told.endswith(ending) and ending.endswith("route: seconds 0.27, goal 0.5: reached\n")
 
 
 def test_our_side_runs_through_the_script_itself(tmp_path, tiny):

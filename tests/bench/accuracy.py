@@ -147,9 +147,15 @@ def theirs(options, folder):
     return args, rollouts, evals
 
 
+def curve(rollouts, evals):
+    """rollouts [{seconds, tokens}], evals [(rollouts before it, greedy accuracy)] -> [[rollouts, seconds, tokens, accuracy]],
+    counted from the start."""
+    return [[n, *(sum(r[k] for r in rollouts[:n]) for k in ("seconds", "tokens")), accuracy] for n, accuracy in evals]
+
+
 def one_run(options):
-    """-> the line of JSON: curve is [(rollouts, seconds, tokens, greedy accuracy)], the first before training; core is the
-    share of the run's time that its thread had a core for: well below 1, the machine was busy with something else."""
+    """-> the line of JSON; core is the share of the run's time that its thread had a core for: well below 1, the machine was
+    busy with something else."""
     import torch
 
     wall, cpu = time.perf_counter(), time.process_time()
@@ -157,12 +163,11 @@ def one_run(options):
         args, rollouts, evals = dict(ours=ours, trl=theirs)[options.side](options, folder)
     core = (time.process_time() - cpu) / (time.perf_counter() - wall)
     assert torch.get_num_threads() == 1 and len(rollouts) == args.steps == evals[-1][0], (rollouts, evals)
-    curve = [[n, *(sum(r[k] for r in rollouts[:n]) for k in ("seconds", "tokens")), accuracy] for n, accuracy in evals]
     kept = """prompts_per_step group_size minibatches epochs lr temperature max_new_tokens eps max_grad_norm weight_decay
               steps eval_every eval_prompts""".split()
     found = {k: v for k, v in asdict(args).items() if k in kept}
-    return dict(side=options.side, task=args.task, seed=args.seed, model=Path(args.model).name, settings=found, curve=curve,
-                rewards=[r["reward"] for r in rollouts], core=core)  # fmt: skip
+    return dict(side=options.side, task=args.task, seed=args.seed, model=Path(args.model).name, settings=found,
+                curve=curve(rollouts, evals), rewards=[r["reward"] for r in rollouts], core=core)  # fmt: skip
 
 
 # ---------------------------------------------------------------- pairs of runs
@@ -267,19 +272,27 @@ def main(options):
             p = found["pairs"][-1]
             print(f"  threshold {p['threshold']:.3f}: seconds {p['ours']['seconds']:.1f} and {p['trl']['seconds']:.1f}, ratio "
                   f"{p['seconds']:.2f}; tokens {p['tokens']:.2f}", flush=True)  # fmt: skip
-    lines = [table(results), "", *(verdict(task, found["pairs"]) for task, found in results.items())]
-    print("\n".join(lines))
-    if options.out:
-        command = "python -m tests.bench.accuracy " + " ".join(sys.argv[1:])
-        ask = "from importlib.metadata import version as v; print(*map(v, ('torch', 'transformers', 'trl')))"
-        versions = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
-        device = f"{processor()}, one thread"
-        record = dict(command=command.strip(), device=device, share=SHARE, results=results,
-                      versions=dict(zip(("torch", "transformers", "trl"), versions)))  # fmt: skip
-        out = Path(options.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(record) + "\n")
-        out.with_suffix(".md").write_text(f"`{command.strip()}` on {device}\n\n" + "\n".join(lines) + "\n")
+            if options.out:
+                write(options.out, results, python)
+    print(report(results))
+
+
+def report(results):
+    return "\n".join([table(results), "", *(verdict(task, found["pairs"]) for task, found in results.items())])
+
+
+def write(out, results, python):
+    """Numbers and table of the pairs so far."""
+    command = "python -m tests.bench.accuracy " + " ".join(sys.argv[1:])
+    ask = "from importlib.metadata import version as v; print(*map(v, ('torch', 'transformers', 'trl')))"
+    versions = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+    device = f"{processor()}, one thread"
+    record = dict(command=command.strip(), device=device, share=SHARE, results=results,
+                  versions=dict(zip(("torch", "transformers", "trl"), versions)))  # fmt: skip
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(record) + "\n")
+    out.with_suffix(".md").write_text(f"`{command.strip()}` on {device}\n\n{report(results)}\n")
 
 
 if __name__ == "__main__":
