@@ -118,6 +118,10 @@ def test_pairs_run_in_turn_and_are_written_as_they_come(monkeypatch, tmp_path, c
     assert "route 2/2 trl: 8 rollouts, 40.0 s, 810 tokens, had a core for 50%; greedy accuracy 0.100 -> 0.800" in told
     ending = out.with_suffix(".md").read_text().partition("\n\n")[2]
     assert told.endswith(ending) and ending.endswith("route: seconds 0.27, goal 0.5: reached\n")
+    unlike = dict(ours=line("ours", FAST), trl=line("trl", SLOW, first=0.9))
+    monkeypatch.setattr(accuracy, "run", lambda python, side, *others: unlike[side] | dict(core=1.0))
+    with pytest.raises(AssertionError, match=r"\(0.3, 0.9\)"):
+        accuracy.main(accuracy.Options(tasks=("route",), pairs=1))
 
 
 def test_our_side_runs_through_the_script_itself(tmp_path, tiny):
