@@ -53,9 +53,9 @@ def save(run, policy, optimizer):
 
 
 def _weights(title, module):
-    """What of a module's weights a checkpoint's state/ holds, by name: a language model's own are in the model folder."""
-    own = ((k, v) for k, v in module.state_dict().items() if not hasattr(module, "lm") or ".lora_" in k)
-    return {f"{title}.weights.{k}": v for k, v in own}
+    """What of a module's weights a checkpoint's state/ holds, by name: a Policy's own are in the model folder."""
+    apart = title == "policy" and hasattr(module, "lm")
+    return {f"{title}.weights.{k}": v for k, v in module.state_dict().items() if not apart or ".lora_" in k}
 
 
 def _states(title, module, optimizer):

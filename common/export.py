@@ -57,6 +57,7 @@ def write_weights(lm, weights, folder):
     if not folder:
         return
     write()
+    lm.config.architectures = lm.config.architectures or [type(lm).__name__]  # vLLM and TRL ask for it
     lm.config.save_pretrained(folder)
     lm.generation_config.save_pretrained(folder)
     n = len(parts)

@@ -86,6 +86,7 @@ def test_a_model_in_several_files(tiny, tmp_path, monkeypatch):
     n = len(files)
     assert n > 3 and files == [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
     assert all(p.stat().st_size < 210_000 for p in folder.glob("*.safetensors"))
+    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(index.values()) == set(files) and set(index) == {name for name, _ in policy.lm.named_parameters()}
     lm = AutoModelForCausalLM.from_pretrained(folder)
