@@ -62,7 +62,7 @@ class Spans:
     def close(self):
         self._pass()
         (kind, package), _, begun = self.stack.pop()
-        above = [name for (k, p), name, _ in reversed(self.stack) if k == "import" and p != package]
+        above = [name for (k, _), name, _ in reversed(self.stack) if k == "import"]
         inside = any(key == (kind, package) for key, *_ in self.stack)
         if kind == "import" and not inside:
             key = (package, above[0] if above else "the script")
