@@ -132,7 +132,7 @@ def run(options):
         if not Path(folder, "seen.json").exists():
             sys.exit(f"{options.script} came to no first step:\n{done.stderr[-3000:]}")
         seen = json.loads(Path(folder, "seen.json").read_text())
-    seen["lines"] = [[text, cpu, clock - begun] for text, cpu, clock in seen["lines"]]
+    seen["lines"] = [[text.replace(folder, "runs"), cpu, clock - begun] for text, cpu, clock in seen["lines"]]
     return seen
 
 
@@ -167,7 +167,7 @@ def report(runs):
                               [[package, by, band(v)] for package, by, v in causes(runs)])  # fmt: skip
     first = [seen["lines"][0] for seen in runs]
     cpu, clock = band([cpu for _, cpu, _ in first]), band([clock for *_, clock in first])
-    text += f"\n\nFirst line after {cpu} s of the core, {clock} s by the clock: {first[0][0]!r:.60}\n"
+    text += f"\n\nFirst line after {cpu} s of the core, {clock} s by the clock: {first[0][0][:40]!r}\n"
     return text + f"First step logged after {band([seen['whole'] for seen in runs])} s of the core."
 
 
