@@ -16,7 +16,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import torch
 import tyro
 
-from common import UserError, encoding, gpu, models, rewards, tasks
+from common import UserError, encoding, gpu, rewards, tasks
 from common.worlds import tiny
 
 # What a field of Args that was left at None becomes. TINY is the embedded default; the others are chosen by the number of
@@ -73,9 +73,13 @@ def parse(cls, doc):
 
     groups = {Path(sys.argv[0]).stem: fields[cut:], "shared": fields[:cut]}
     made = {title: dataclasses.make_dataclass(title, map(flag, some)) for title, some in groups.items() if some}
-    omit = tyro.conf.OmitArgPrefixes
-    both = [(title, omit[kind], dataclasses.field(default_factory=kind)) for title, kind in made.items()]
+    both = [(title, tyro.conf.OmitArgPrefixes[kind], dataclasses.field(default_factory=kind)) for title, kind in made.items()]
     found = tyro.cli(dataclasses.make_dataclass("Flags", both), description=doc.partition("\nFamily:")[0])
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).stem}: loading transformers", flush=True)
+    from transformers import utils  # without what takes it a second, for assisted decoding, boxes and quantized weights
+
+    utils.is_sklearn_available = utils.is_scipy_available = utils.is_torchao_available = lambda *_: False
     return cls(**{k: v for group in vars(found).values() for k, v in vars(group).items()})
 
 
@@ -106,6 +110,8 @@ def stop_now(number, frame):
 def resolve(args, warm=None):
     """Fills every field of `args` left at None from the preset of its model, and checks all of them against their limits.
     Returns (args, the model's transformers config; None for a script without the field model)."""
+    from common import models  # takes seconds, which --help and a mistake in a flag need not wait for
+
     fields, config, size = vars(args), None, 0
     small, known = "model" not in fields or models.locate(args.model) in tiny.SHAPES, None
     if not small:
