@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from common import UserError, export, gpu
 from common.models import auto, end_tokens
@@ -37,6 +38,32 @@ def draw(logits, uniform, temperature):
     return tokens.squeeze(-1), logp.gather(-1, tokens).squeeze(-1)
 
 
+class _Growing(DynamicLayer):
+    """Keys and values [b, heads, length, width] as the beginnings of buffers with room for more positions: without gradients a
+    position is written into its place, and rows that stay are not copied; DynamicLayer writes all of them anew each time."""
+
+    room = (torch.empty(0),)  # in use as long as the keys begin where it begins
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if torch.is_grad_enabled() or not self.is_initialized:
+            return super().update(key_states, value_states)
+        begun, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self.room[0].data_ptr() != self.keys.data_ptr() or end > self.room[0].shape[2]:
+            self.room = [torch.nn.functional.pad(x, (0, 0, 0, end - begun + 63)) for x in (self.keys, self.values)]
+        for room, x in zip(self.room, (key_states, value_states)):
+            room[:, :, begun:end] = x
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        if self.room[0].data_ptr() != self.keys.data_ptr() or len(indices) > len(self.keys):
+            return super().batch_select_indices(indices)
+        to = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(-1)
+        for x in (self.keys, self.values):
+            x[to] = x[indices[to]]
+        self.keys, self.values, *self.room = (x[: len(indices)] for x in (self.keys, self.values, *self.room))
+
+
 class Decoder:
     """A causal language model that is stepped: prefixes are read at once, n rows each, then every feed() is one more position.
 
@@ -49,6 +76,7 @@ class Decoder:
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prefixes], device=self.device)
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prefixes], device=self.device)
         self.attention, self.cache, self.barred = attention, DynamicCache(config=lm.config), getattr(pictures, "barred", None)
+        self.cache.layers = [_Growing() if type(layer) is DynamicLayer else layer for layer in self.cache.layers]
         self.ahead = torch.zeros_like(attention[:, :1])  # positions that are left out behind a picture, below 0
         first = pictures(lm, ids, attention.bool()) if pictures else dict(input_ids=ids)
         self._read(**first)
@@ -162,17 +190,19 @@ class HF:
         tokens, logp = torch.full((B, T), pad, device=self.device), torch.zeros_like(uniform)
         lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad, self.layers, self.policy.pictures)
         ended, step = limit > limit, self._sampler(decoder, streams, limit, temperature)
-        t, going, fed = 0, (limit > 0).nonzero().squeeze(-1), decoder.rows
-        while len(going):
-            if len(going) < len(decoder.rows):
-                decoder.keep(going)
-                fed = fed[going]
+        t, going, fed = 0, limit > 0, decoder.rows
+        while going.any():
+            if not going.all():  # the last rows fill the gaps, so that few are moved
+                index = torch.arange(k := int(going.sum()), device=self.device)
+                index[~going[:k]] = going[k:].nonzero().squeeze(-1) + k
+                decoder.keep(index)
+                fed = fed[index]
             if t:
                 decoder.feed(fed)
             rows = decoder.rows
             tokens[rows, t], logp[rows, t], fed, may_end = step(uniform[rows, t], t)
             t, ended[rows] = t + 1, (torch.isin(tokens[rows, t], end) | self._stopped(tokens[rows, : t + 1])) & may_end
-            lengths[rows], going = t, (~ended[rows] & (t < limit[rows])).nonzero().squeeze(-1)
+            lengths[rows], going = t, ~ended[rows] & (t < limit[rows])
         return [(y[:k], p[:k], done) for y, p, k, done in zip(*(x.tolist() for x in (tokens, logp, lengths, ended)))]
 
     def _sampler(self, decoder, streams, limit, temperature):

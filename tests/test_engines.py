@@ -240,6 +240,61 @@ def test_the_decoder_is_the_model(tiny):
 
 
 @torch.no_grad()
+def test_what_was_read_stays_where_it_is(tiny):
+    """Without gradients a position is written into its place, also when rows leave, until the room of 64 is used up; the logits
+    are those of whole passes on both sides of that, and after positions were forgotten and rows came twice."""
+    lm, g, close = tiny[1].lm, torch.Generator().manual_seed(0), dict(rtol=1e-4, atol=1e-5)
+    rows, places = [[5, 9, 30], [7, 8, 9, 10], [40]], set()
+    decoder = engines.Decoder(lm, rows)
+
+    def feed():
+        fed = torch.randint(3, 70, (len(rows),), generator=g)
+        decoder.feed(fed)
+        for row, token in zip(rows, fed.tolist()):
+            row.append(token)
+        return decoder.cache.layers[1].values.data_ptr()
+
+    for t in range(64):
+        if t == 20:
+            decoder.keep(torch.tensor([0, 2]))
+            rows = [rows[0], rows[2]]
+        if t == 30:
+            decoder.crop(5)
+            rows = [row[:-5] for row in rows]
+        places.add(feed())
+        if t % 9 == 0:
+            torch.testing.assert_close(decoder.logits, whole_pass(lm, rows), **close)
+    assert len(places) == 1 and decoder.rows.tolist() == [0, 2]
+    for _ in range(8):
+        places.add(feed())
+        torch.testing.assert_close(decoder.logits, whole_pass(lm, rows), **close)
+    assert len(places) == 2
+    decoder.keep(torch.tensor([1, 0, 1]))  # more rows than there were
+    rows = [list(rows[i]) for i in (1, 0, 1)]
+    for _ in range(2):
+        places.add(feed())
+        torch.testing.assert_close(decoder.logits, whole_pass(lm, rows), **close)
+    assert len(places) == 3
+
+
+def test_gradients_pass_through_what_was_read(tiny):
+    """Of embeddings that are fed one by one: those of a single pass; also where the beginning was read without gradients."""
+    lm = tiny[1].lm
+    ids, x = [5, 9, 30], torch.randn(1, 4, lm.config.hidden_size, generator=torch.Generator().manual_seed(0)) * 0.05
+    x.requires_grad_()
+    with torch.no_grad():
+        decoder = engines.Decoder(lm, [ids])
+        decoder.feed(torch.tensor([11]))
+    for t in range(4):
+        decoder.feed(x[:, t])
+    begun = lm.get_input_embeddings()(torch.tensor([[*ids, 11]])).detach()
+    logits = lm(inputs_embeds=torch.cat([begun, x], 1), use_cache=False).logits[:, -1]
+    found, expected = (torch.autograd.grad(z[0, 7], x)[0] for z in (decoder.logits, logits))
+    assert expected[:, 0].abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@torch.no_grad()
 def test_an_embedding_may_be_fed(tiny):
     """That of a token is the token; a mixture is what transformers makes of it, and the hidden states are there."""
     _, policy, _ = tiny
