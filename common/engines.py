@@ -191,9 +191,9 @@ class HF:
         lengths, decoder = torch.zeros_like(limit), Decoder(lm, prefixes, n, pad, self.layers, self.policy.pictures)
         ended, step = limit > limit, self._sampler(decoder, streams, limit, temperature)
         t, going, fed = 0, limit > 0, decoder.rows
-        while going.any():
-            if not going.all():  # the last rows fill the gaps, so that few are moved
-                index = torch.arange(k := int(going.sum()), device=self.device)
+        while k := int(going.sum()):
+            if k < len(going):  # the last rows fill the gaps, so that few are moved
+                index = torch.arange(k, device=self.device)
                 index[~going[:k]] = going[k:].nonzero().squeeze(-1) + k
                 decoder.keep(index)
                 fed = fed[index]
