@@ -132,10 +132,10 @@ def two_users(sources):
 
 
 def line_caps(sources):
-    """The core of common/ under 3,130 lines, a file at most 260, a world (what makes a task) at most 115."""
+    """The core of common/ under 3,170 lines, a file at most 260, a world (what makes a task) at most 115."""
     lines = {p: len(t.splitlines()) for p, t in sources.items() if stem(p)}
     total = sum(lines[p] for p in core(sources))
-    complaints = [] if total < 3130 else [f"the core of common/ has {total} lines; it is to stay under 3,130"]
+    complaints = [] if total < 3170 else [f"the core of common/ has {total} lines; it is to stay under 3,170"]
     for path, n in lines.items():
         most = 115 if makes_task(path, sources[path]) else 260
         if n > most:
