@@ -388,10 +388,11 @@ def test_what_waits_is_resumed_on_the_device(tiny, tmp_path, monkeypatch):
     _, batch = sample(tiny)
     batch.columns["x"] = torch.ones_like(batch.mask)
     module = torch.nn.Linear(2, 2)
-    saved = dict(own=module.state_dict(), optimizer=None, queue=[[batch]])
-    run = SimpleNamespace(dir=tmp_path, extra={}, schedules=[], main=False)
+    optimizer = torch.optim.AdamW(module.parameters())
+    run = SimpleNamespace(dir=tmp_path, extra={}, schedules=[], main=True, state=dict(step=1), queue=[batch])
+    checkpoint.save(run, module, optimizer)
     monkeypatch.setattr(gpu, "device", lambda: torch.device("meta"))
-    checkpoint.restore(run, (tmp_path, dict(model=checkpoint._key(module)), saved), module, None)
+    checkpoint.restore(run, checkpoint.find(run), module, optimizer)
     (moved,) = run.queue
     assert {x.device.type for x in (moved.ids, moved.trained, moved.reward, moved.columns["x"])} == {"meta"}
     assert moved.group == batch.group and moved.texts == batch.texts and batch.ids.device.type == "cpu"

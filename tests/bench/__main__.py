@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRL = "trl==1.16.0"
 CPU_SIZES = ("230k", "10M", "60M", "15M-vocabulary", "60M-vocabulary")
 # What a size's ratio may not fall below, as far as it is a goal: update, whole step, peak memory.
-GOALS = dict(update_tokens_per_s=2.0, step=1.5, peak=2.0)
+GOALS = dict(update_tokens_per_s=2.0, step=2.5, peak=2.0)
 
 
 @dataclass

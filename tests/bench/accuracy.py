@@ -133,7 +133,7 @@ def theirs(options, folder):
         use_vllm=False, use_cpu=True, bf16=False, gradient_checkpointing=False,
         logging_steps=N, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    # By path TRL loads no model whose config leaves out `architectures`, as a warm start's does.
+    # By path TRL loads no model whose config leaves out `architectures`, as that of an older warm start does.
     lm = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     trainer = trl.GRPOTrainer(
         model=lm, reward_funcs=reward, args=config, callbacks=[Watch()],
