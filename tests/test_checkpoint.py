@@ -24,6 +24,7 @@ def made(tiny, folder, **changes):
                 gradient_checkpointing=False, seed=1, optimizer="adamw", resume=None)  # fmt: skip
     args = SimpleNamespace(**args | changes)
     policy = models.load(args, torch.device("cpu"))
+    policy.lm.model.layers[0].register_buffer("correction", torch.zeros(3))  # as the routers of mixtures have one
     optimizer = gpu.make_optimizer(policy, args)
     run = SimpleNamespace(dir=folder, main=True, tokenizer=models.load_tokenizer(args), args=args, queue=[], extra={},
                           state=dict(step=1, table={3: (0.5, "x")}), schedules=[])  # fmt: skip
@@ -50,11 +51,14 @@ def states(optimizer):
 def test_what_is_restored_is_what_was_saved(tiny, tmp_path, changes):
     run, policy, optimizer = made(tiny, tmp_path / "run", **changes)
     update(policy, optimizer)
+    policy.lm.model.layers[0].correction += 0.5
     checkpoint.save(run, policy, optimizer)
     again, other, fresh = made(tiny, tmp_path / "run", **changes)
     found = checkpoint.find(again)
     assert found[2] == run.state
     checkpoint.restore(again, found, other, fresh)
+    if "lora_rank" not in changes:  # beside adapters the model is the start's
+        assert other.lm.model.layers[0].correction.eq(0.5).all()
     assert all(torch.equal(x, y) for x, y in zip(policy.parameters(), other.parameters(), strict=True))
     assert states(optimizer) == states(fresh) != []
     update(policy, optimizer), update(other, fresh)
@@ -88,7 +92,8 @@ def test_a_model_in_several_files(tiny, tmp_path, monkeypatch):
     assert all(p.stat().st_size < 210_000 for p in folder.glob("*.safetensors"))
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(index.values()) == set(files) and set(index) == {name for name, _ in policy.lm.named_parameters()}
+    names = {name for name, _ in policy.lm.named_parameters()}
+    assert set(index.values()) == set(files) and set(index) == names | {"model.layers.0.correction"}
     lm = AutoModelForCausalLM.from_pretrained(folder)
     again, other, fresh = made(tiny, tmp_path / "run")
     checkpoint.restore(again, checkpoint.find(again), other, fresh)
