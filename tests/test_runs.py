@@ -83,8 +83,10 @@ def test_what_is_printed(whole):
     printed = done.stdout.splitlines()
     assert re.fullmatch(r"greedy accuracy \d\.\d\d -> \d\.\d\d on 32 held-out prompts", printed[-1])
     # What was given, and what is always of interest; a flag that was left open is not there.
-    assert printed[0].startswith("grpo: model=tiny task=addition seed=1 steps=6 prompts_per_step=8 group_size=4 minibatches=2 ")
-    assert "lr=" not in printed[0] and "None" not in printed[0] and printed[0].endswith("its preset's (config.json)")
+    first, given = printed[:2]
+    assert first == "grpo: loading transformers"  # a sign of life
+    assert given.startswith("grpo: model=tiny task=addition seed=1 steps=6 prompts_per_step=8 group_size=4 minibatches=2 ")
+    assert "lr=" not in given and "None" not in given and given.endswith("its preset's (config.json)")
     checkpoint = whole[0] / "checkpoints" / "step-000006"
     assert f"curves: tensorboard --logdir {whole[0]}" in printed and f"talk to it: python -m runs.talk {whole[0]}" in printed
     assert printed[-2].endswith(f"from_pretrained: {checkpoint}")
