@@ -42,7 +42,7 @@ class _Growing(DynamicLayer):
     """Keys and values [b, heads, length, width] as the beginnings of buffers with room for more positions: without gradients a
     position is written into its place, and rows that stay are not copied; DynamicLayer writes all of them anew each time."""
 
-    room = (torch.empty(0),)  # in use as long as the keys begin where it begins
+    room = (torch.empty(0, 0, 0, 0),)  # in use as long as the keys begin where it begins
 
     def update(self, key_states, value_states, *args, **kwargs):
         if torch.is_grad_enabled() or not self.is_initialized:

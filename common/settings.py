@@ -77,9 +77,9 @@ def parse(cls, doc):
     found = tyro.cli(dataclasses.make_dataclass("Flags", both), description=doc.partition("\nFamily:")[0])
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).stem}: loading transformers", flush=True)
-    from transformers import utils  # without what takes it a second, for assisted decoding, boxes and quantized weights
+    from transformers import utils  # without what takes it a second, for assisted decoding and boxes
 
-    utils.is_sklearn_available = utils.is_scipy_available = utils.is_torchao_available = lambda *_: False
+    utils.is_sklearn_available = utils.is_scipy_available = lambda *_: False
     return cls(**{k: v for group in vars(found).values() for k, v in vars(group).items()})
 
 

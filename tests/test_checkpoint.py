@@ -105,6 +105,15 @@ def test_a_model_in_several_files(tiny, tmp_path, monkeypatch):
         checkpoint.find(again)
 
 
+def test_a_disk_that_is_not_shared(tiny, tmp_path):
+    """A process that does not see the folder that another made says so, and writes nothing of its own elsewhere."""
+    run, policy, optimizer = made(tiny, tmp_path / "run")
+    run.main = False
+    with pytest.raises(UserError, match=f"{tmp_path}/run/checkpoints: not all processes see it; give a --run-dir on a disk"):
+        checkpoint.save(run, policy, optimizer)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_adapter_is_peft_s_own(tiny, tmp_path):
     """A LoRA run's adapter/ on the model that it started from is the merged model of its checkpoint."""
     flags = "--steps 1 --lora-rank 4 --lr 0.05 --prompts-per-step 4 --group-size 4 --eval-prompts 4 --task addition"

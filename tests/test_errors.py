@@ -243,6 +243,16 @@ def test_a_process_of_its_own():
     assert done.stderr.count("\n") == 1
 
 
+def test_what_is_imported(tmp_path):
+    """Nothing that takes seconds for --help or a mistake in a flag; of what transformers would like, not all for a run."""
+    for argv, code, heavy in ((["--help"], 0, False), (["--lr", "fast"], 2, False), (["--model", "qwen2.5-7"], 2, True)):
+        done = python("-X", "importtime", GRPO, *argv)
+        said = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time" in line]
+        found = {name.partition(".")[0] for name in said}
+        assert (done.returncode, "transformers" in found) == (code, heavy) and "torch" in found
+        assert not {"sklearn", "scipy", "pandas"} & found
+
+
 def test_the_library_raises_what_the_scripts_end_with(capfd):
     """In a notebook a mistake is an exception that says what it is."""
     from common import UserError, models, tasks

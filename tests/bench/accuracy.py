@@ -51,6 +51,8 @@ class Options:
     """of that run; 0: those of RUNS"""
     prompts: int = 512
     """held-out ones in an evaluation"""
+    mkl: str = "COMPATIBLE"
+    """MKL_CBWR of both sides: how MKL multiplies; COMPATIBLE, what our tiny models are pinned to, alike on all CPUs; AUTO"""
 
 
 # ---------------------------------------------------------------- one run
@@ -245,7 +247,7 @@ def verdict(task, pairs):
 def run(python, side, task, seed, options):
     argv = [python, "-m", "tests.bench.accuracy", "--side", side, "--tasks", task, "--seed", str(seed)]
     argv += ["--rollouts", str(options.rollouts), "--prompts", str(options.prompts)]
-    alike = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_CBWR="COMPATIBLE")
+    alike = dict(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_CBWR=options.mkl)
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | alike)
     if done.returncode:
         sys.exit(f"{side} failed on {task}:\n{done.stderr[-3000:]}")

@@ -5,12 +5,13 @@ python -m tests.bench.start --script grpo
 The script runs in a process of its own on one core. What it imports and the functions of STAGES are spans, one inside the
 other; a span's own seconds are those that no span inside it has, so that all of them add up. They are the process's own seconds
 on its core, since others may want it, too. A first run that does not count warms the files up, and makes the tiny model's warm
-start where there is none. The process ends when the first step is logged.
+start where there is none. The process ends when the first step is logged. --help is run as often, unwatched.
 """
 
 import importlib._bootstrap as bootstrap
 import json
 import os
+import resource
 import runpy
 import statistics
 import subprocess
@@ -136,6 +137,14 @@ def run(options):
     return seen
 
 
+def helped(options):
+    """Seconds of the core that --help takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, f"algos/{options.script}.py", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 def rows(runs):
     """Runs -> [(what, [seconds, one a run])]: stages in their order, then packages, large ones first, small ones together."""
     own = [{(kind, name): seconds for kind, name, seconds in seen["own"]} for seen in runs]
@@ -172,18 +181,20 @@ def report(runs):
 
 
 def main(options):
-    from tests.bench.__main__ import processor
+    from tests.bench.__main__ import band, processor
 
     os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
     run(options)
     runs = [run(options) for _ in range(options.repeats)]
-    text = report(runs)
+    asked = [helped(options) for _ in range(options.repeats)]
+    text = f"{report(runs)} `--help` takes {band(asked)} s of it."
     print(text)
     if options.out:
         command = ("python -m tests.bench.start " + " ".join(sys.argv[1:])).strip()
         device, out = f"one core of {processor()}", Path(options.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        record = dict(command=command, device=device, rows=rows(runs), causes=causes(runs), lines=[r["lines"] for r in runs])
+        record = dict(command=command, device=device, rows=rows(runs), causes=causes(runs),
+                      lines=[r["lines"] for r in runs], first_step=[r["whole"] for r in runs], help=asked)  # fmt: skip
         out.with_suffix(".json").write_text(json.dumps(record) + "\n")
         out.with_suffix(".md").write_text(f"`{command}` on {device}\n\n{text}\n")
 
