@@ -17,6 +17,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,11 +82,12 @@ def run(item, seed, extra, share):
     folder = launch.ROOT / "runs" / "compare" / name
     mark, now = folder / "done", launch.code(script)
     finished = mark.read_text().splitlines() if mark.exists() else []
-    if finished[1:] != [now]:
+    if finished[1:2] != [now]:
+        begun = time.monotonic()
         done = launch.complete(script, ["--seed", str(seed), *sum(settings, [])], folder, share)
         if done.returncode:
             raise UserError(f"{script}.py with seed {seed} failed: {launch.last_line(done.stderr)}")
-        finished = [launch.last_line(done.stdout), now]
+        finished = [launch.last_line(done.stdout), now, f"{time.monotonic() - begun:.1f} seconds"]
         mark.write_text("\n".join(finished) + "\n")
     print(f"{name}: {finished[0]}", flush=True)
     return folder
