@@ -70,26 +70,36 @@ def kind(item):
     return "online" if "\ndef surrogate(" in text or "rollout.summary(" in text else None
 
 
-def run(item, seed, extra, share):
-    """One run -> its folder."""
+def place(item, seed, extra):
+    """-> (a run's folder, its flags)."""
     script, data, _, flags = parts(item)
     extra = [*([("--data" if kind(item) == "pairs" else "--task"), data] if data else []), *extra, *flags]
     extra = [word.replace("{seed}", str(seed)) for word in extra]
     given = [i for i, word in enumerate(extra) if word.startswith("--")]
     settings = sorted({extra[i]: extra[i:j] for i, j in zip(given, [*given[1:], None])}.values())  # its own before all's
     words = [word.removeprefix("--").replace("/", "_") for setting in settings for word in setting]
-    name = "-".join([script, str(seed), *words])
-    folder = launch.ROOT / "runs" / "compare" / name
-    mark, now = folder / "done", launch.code(script)
-    finished = mark.read_text().splitlines() if mark.exists() else []
-    if finished[1:2] != [now]:
-        begun = time.monotonic()
-        done = launch.complete(script, ["--seed", str(seed), *sum(settings, [])], folder, share)
+    return launch.ROOT / "runs" / "compare" / "-".join([script, str(seed), *words]), sum(settings, [])
+
+
+def finished(folder):
+    """What the mark of a finished run says: its last line, the code's digest, and (in later ones) how long it took. Empty where
+    there is none, or the code has changed since."""
+    mark = folder / "done"
+    lines = mark.read_text().splitlines() if mark.exists() else []
+    return lines if lines[1:2] == [launch.code(folder.name.partition("-")[0])] else []
+
+
+def run(item, seed, extra, share):
+    """One run -> its folder."""
+    (folder, words), script = place(item, seed, extra), parts(item)[0]
+    said, begun = finished(folder), time.monotonic()
+    if not said:
+        done = launch.complete(script, ["--seed", str(seed), *words], folder, share)
         if done.returncode:
             raise UserError(f"{script}.py with seed {seed} failed: {launch.last_line(done.stderr)}")
-        finished = [launch.last_line(done.stdout), now, f"{time.monotonic() - begun:.1f} seconds"]
-        mark.write_text("\n".join(finished) + "\n")
-    print(f"{name}: {finished[0]}", flush=True)
+        said = [launch.last_line(done.stdout), launch.code(script), f"{time.monotonic() - begun:.1f} seconds"]
+        (folder / "done").write_text("\n".join(said) + "\n")
+    print(f"{folder.name}: {said[0]}", flush=True)
     return folder
 
 
@@ -129,13 +139,13 @@ def difference(mine, base):
     return dict(mean=mean, low=float(low), high=float(high))
 
 
-def verdict(*starts, several=False):
+def verdict(*starts, several=False, margin=MARGIN):
     """Of (mine, base), two lists of a number per seed, once for each warm start -> "better" or "worse" where on every
-    one of them the means differ by MARGIN or more and the spans over seeds do not overlap, else "equal". `several`:
+    one of them the means differ by `margin` or more and the spans over seeds do not overlap, else "equal". `several`:
     the task has further warm starts, which is said where only one was run."""
 
     def word(mine, base):
-        if abs(statistics.mean(mine) - statistics.mean(base)) < MARGIN - 1e-9:
+        if abs(statistics.mean(mine) - statistics.mean(base)) < margin - 1e-9:
             return "equal"
         if min(mine) > max(base):
             return "better"
@@ -159,15 +169,15 @@ def differences(summaries, data):
     for item in values:
         bases.setdefault(data[item], item)
 
-    def place(item):
+    def spot(item):
         """What an item and its twins on other warm starts have in common."""
         world = data[item].partition(":")[0]
         return parts(item)[2], parts(bases[data[item]])[2], world if world in WARM_STARTS else data[item]
 
     for item in [i for i in values if bases[data[i]] != i]:
-        twins = [i for i in values if place(i) == place(item)]
+        twins = [i for i in values if spot(i) == spot(item)]
         starts = {data[i]: [[sign * x for x in values[of]] for of in (i, bases[data[i]])] for i in twins}
-        said = verdict(*starts.values(), several=place(item)[2] in WARM_STARTS)
+        said = verdict(*starts.values(), several=spot(item)[2] in WARM_STARTS)
         against = bases[data[item]]
         out[item] = dict(against=against, measure=measure, **difference(values[item], values[against]), verdict=said)
     return out
@@ -316,6 +326,7 @@ def made(items, options, extra):
     return dict(
         command=command(),
         versions=configs[items[0]]["versions"],
+        lessons=lessons(items),
         data=data,
         summary=summaries,
         differences=differences(summaries, data),
@@ -333,7 +344,12 @@ def merged(items, options, extra):
         except LookupError as error:
             raise UserError(f"{item}: its seeds have different rows or panels ({reason(error)})") from None
     config = json.loads((folders[items[0]][0] / "config.json").read_text())
-    return dict(command=command(), versions=config["versions"], results=found)
+    return dict(command=command(), versions=config["versions"], lessons=lessons(items), results=found)
+
+
+def lessons(items):
+    """{script: digest of its code}, which says later whether a record is still this code's."""
+    return {script: launch.lesson(script) for script in sorted({parts(i)[0] for i in items})}
 
 
 def command():

@@ -1,10 +1,13 @@
 """Whole runs of scripts, each in a process of its own and on its own cores."""
 
+import ast
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
 
 from common import ROOT
@@ -18,6 +21,21 @@ def code(script):
     return digest.hexdigest()
 
 
+def lesson(script, text=None):
+    """Digest of a script's own code, without comments, docstrings and blank lines: what it computes, as far as the script says.
+    `text`: of an earlier version."""
+    text = (ROOT / "algos" / f"{script}.py").read_text() if text is None else text
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and lines[token.start[0] - 1]:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][: token.start[1]]
+    kept = "\n".join(line.rstrip() for line in lines if line.strip())
+    return hashlib.sha256(kept.encode()).hexdigest()[:16]
+
+
 def cores():
     """The CPU cores of this process; empty where the system does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -28,9 +46,13 @@ def complete(script, arguments, folder, share):
     it may use; empty or None: all."""
     if folder.exists():
         shutil.rmtree(folder)
-    command = [sys.executable, f"algos/{script}.py", *arguments, "--run-dir", str(folder)]
+    return python([f"algos/{script}.py", *arguments, "--run-dir", str(folder)], share)
+
+
+def python(words, share):
+    """Python with these arguments, from the root -> what subprocess.run() gives."""
     pin = (lambda: os.sched_setaffinity(0, share)) if share else None
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=pin)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, preexec_fn=pin)
 
 
 def last_line(text):

@@ -115,6 +115,7 @@ def made(options, scripts, extra):
     return dict(
         command="python -m runs.sweep " + " ".join(sys.argv[1:]),
         versions=next(iter(configs.values()))["versions"],
+        lessons=compare.lessons(items),
         flag=flag,
         values=values,
         scripts=scripts,

@@ -5,6 +5,7 @@ import re
 import statistics
 from dataclasses import dataclass, field
 
+from runs import claims
 from tests.parts import lines_of, measures, note, world
 
 # Of a verdict: the first that there is.
@@ -53,7 +54,8 @@ added and removed, without docstring, own flags, what is word for word in a thir
 only measure (counted apart); `python -m tests.sync sapo` prints them. *Better* and *worse*: the spans over the
 seeds do not overlap and the means differ by 0.03 or more, in the greedy accuracy or score after training, for
 pairs in the win rate against the start. All else is *equal*. On route all started from one warm start: to claim
-a difference takes a second (`python -m runs.compare grpo@route:1 ...`).
+a difference takes a second (`python -m runs.compare grpo@route:1 ...`). A paper's claim and how it was tried stand in
+[claims.md](../runs/reference/claims.md).
 """
 
 
@@ -142,8 +144,8 @@ def compare(mine, theirs):
     return "worse" if mine["max"] < theirs["min"] else "equal"
 
 
-def index(lessons, found):
-    """algos/README.md. `lessons`: {name: Lesson}; `found`: what records() gives."""
+def index(lessons, found, tried):
+    """algos/README.md. `lessons`: {name: Lesson}; `found`: what records() gives; `tried`: what runs.claims has recorded, or None."""
     first = [f"{i}. [{name}]({name}.py): {look}" for i, (name, look) in enumerate(READING.items(), 1)]
     out = [HEAD + "\n".join(first), LEGEND]
 
@@ -156,6 +158,8 @@ def index(lessons, found):
             beside = {"that measure": measures(lesson.text), "of a world": world(lesson.text)}
             beside = "".join(f" and {lines_of(names, lesson.text)} {what}" for what, names in beside.items() if names)
             says += f" Changes {', '.join(names)}; {lesson.lines} lines{beside}; {result}."
+        if tried and lesson.name in tried["claims"]:
+            says += f" Its claim: {tried['claims'][lesson.name]['verdict']}."
         out.append(says)
         for child in below(lesson.name, lesson.family):
             entry(child, depth + 1)
@@ -207,7 +211,10 @@ def table(lessons):
     return "\n".join(rows)
 
 
-def readme(text, lessons):
-    """README's text with its table of families made anew, where it has the place for it."""
+def readme(text, lessons, tried):
+    """README's text with its table of families made anew, where it has the place for it, below what has become of the papers'
+    claims. `tried`: what runs.claims has recorded, or None."""
     block = r"(<!-- families -->\n).*?(<!-- end families -->)"
-    return re.sub(block, lambda m: m[1] + table(lessons) + "\n" + m[2], text, flags=re.S)
+    said = "[The central claim of every paper, tried in miniature](runs/reference/claims.md): "
+    above = f"{said}{claims.sentence(tried['counts']).lower()}\n\n" if tried else ""
+    return re.sub(block, lambda m: m[1] + above + table(lessons) + "\n" + m[2], text, flags=re.S)

@@ -12,6 +12,7 @@ are not counted, since they are not this paper's. `Measures: <parts>` names what
 training, `World: <parts>` what is a task or an environment of the script's own, 60 lines at most: counted apart.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -213,8 +214,10 @@ def written(texts):
         lines = changed_lines(text, texts[base])[0] if base else 0
         lessons[name] = pages.Lesson(name, text, family(text) or "none", base, named, same(text), lines)
     records, readme = pages.records(ROOT / "runs" / "reference"), ROOT / "README.md"
-    out = {readme: pages.readme(readme.read_text(), lessons)} if readme.exists() else {}
-    return out | {ALGOS / "README.md": pages.index(lessons, records)}
+    claims = ROOT / "runs" / "reference" / "claims.json"
+    tried = json.loads(claims.read_text()) if claims.exists() else None
+    out = {readme: pages.readme(readme.read_text(), lessons, tried)} if readme.exists() else {}
+    return out | {ALGOS / "README.md": pages.index(lessons, records, tried)}
 
 
 def stale(texts):

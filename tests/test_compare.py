@@ -261,7 +261,7 @@ def test_evaluation_only(tmp_path, monkeypatch, capsys):
     drawn(monkeypatch)
     monkeypatch.setattr(launch, "ROOT", tmp_path)
     (tmp_path / "algos").mkdir()
-    (tmp_path / "algos" / "grpo.py").write_text("\ndef surrogate(")
+    (tmp_path / "algos" / "grpo.py").write_text("\ndef surrogate(logp): pass\n")
     evals = [{"step": 0, "greedy_accuracy": 0.25, "avg@4": 0.125, "discrete_pass@4": 0.5, "latents": 2.0}]
     said = "evaluation only (no steps): greedy score 0.25 on 8 held-out prompts"
     fake(tmp_path / "runs" / "compare" / "grpo-1-steps-0", said, [], evals, task="route")

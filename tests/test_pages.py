@@ -96,13 +96,15 @@ def test_pages_say_what_scripts_say(tmp_path):
         "sapo": pages.Lesson("sapo", SAPO, "ratio", "grpo", ["surrogate"], {"gae": "ppo"}, 7),
         "far": pages.Lesson("far", SAPO, "tokens", "sapo", ["surrogate"], {}, 8),
     }
-    index = pages.index(lessons, found).splitlines()
+    counts = {"holds here": 1, "no difference here": 2, "the other way round here": 3, "not tried": 0}
+    tried = dict(claims=dict(sapo=dict(verdict="holds here")), counts=counts)
+    index = pages.index(lessons, found, tried).splitlines()
     assert index[0].startswith("*Written by `python -m tests.sync`, never by hand")
     ratio, tokens = index.index("## ratio"), index.index("## tokens")
     assert index[ratio + 2].startswith("- [grpo](grpo.py): Sample a group of completions per prompt")
     idea = "GRPO's clip is a cliff: a token counts fully until its ratio has left the interval in the direction of its "
     idea += "advantage, then not at all."
-    changes = "Changes `surrogate`, `gae` as in [ppo](ppo.py); 7 lines; better on route."
+    changes = "Changes `surrogate`, `gae` as in [ppo](ppo.py); 7 lines; better on route. Its claim: holds here."
     assert index[ratio + 3] == f"  - [sapo](sapo.py): {idea} {changes}"
     assert index[tokens + 2] == "- from [sapo](sapo.py):"
     assert index[tokens + 3].startswith("  - [far](far.py): ")
@@ -113,5 +115,8 @@ def test_pages_say_what_scripts_say(tmp_path):
     assert pages.table(alone).splitlines()[2] == "| x |  | [one](algos/one.py) | they stand alone |"
     page = "a\n<!-- families -->\nold\n<!-- end families -->\nb\n"
     made = ["a", "<!-- families -->", *table, "<!-- end families -->", "b"]
-    assert pages.readme(page, lessons).splitlines() == made
-    assert pages.readme("no block\n", lessons) == "no block\n"
+    assert pages.readme(page, lessons, None).splitlines() == made
+    said = "[The central claim of every paper, tried in miniature](runs/reference/claims.md): of 6 claims, 1 hold here, "
+    said += "2 make no difference, 3 go the other way round."
+    assert pages.readme(page, lessons, tried).splitlines() == [*made[:2], said, "", *made[2:]]
+    assert pages.readme("no block\n", lessons, None) == "no block\n"

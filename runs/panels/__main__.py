@@ -31,17 +31,25 @@ class Options:
     """folder of pictures and numbers"""
     seed: int = 1
     """of what is sampled"""
+    arms: bool = False
+    """no picture: prints what the module's arms(seed) gives, as runs.claims asks for it"""
     redraw: bool = False
     """nothing is looked into: the picture again, of <out>/<script>.json"""
 
 
 def main(o):
     out = Path(o.out)
-    out.mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in o.scripts if name not in NAMES]:
         raise UserError(f"no picture of {unknown[0]}; there are: {', '.join(NAMES)}")
+    if not o.arms:
+        out.mkdir(parents=True, exist_ok=True)
     for name in o.scripts or NAMES:
         panel, path = importlib.import_module(f"runs.panels.{name}"), out / f"{name}.json"
+        if o.arms:
+            with contextlib.redirect_stdout(sys.stderr):
+                found = panel.arms(o.seed)
+            print(json.dumps(found))
+            continue
         if not o.redraw:
             with contextlib.redirect_stdout(sys.stderr):
                 data = dict(command=f"python -m runs.panels {name}", seed=o.seed) | panel.numbers(o.seed)

@@ -84,6 +84,13 @@ def numbers(seed, pairs=None, steps=STEPS, arms=tuple(ARMS), critic="model"):
     return dict(arms=out, environments=len(pairs))
 
 
+def arms(seed):
+    """For runs.claims -> {row: {Mean@16}} after the last step, the mean over all environments."""
+    names = {"single attempts": "single", "groups": "group", "random advice": "random", "no advice": "none"}
+    found = numbers(seed, arms=tuple(names.values()))["arms"]
+    return {row: {f"Mean@{SAMPLES}": found[arm]["own"][-1]} for row, arm in names.items()}
+
+
 def draw(figure, data):
     left, right, last = figure.subplots(1, 3, width_ratios=[1, 1, 0.9])
     for arm, (label, _, colour, line) in ARMS.items():

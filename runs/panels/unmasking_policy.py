@@ -97,6 +97,17 @@ def numbers(seed, n=6):
     return dict(canvases=out, prompts=len(s.task.test), samples=n)
 
 
+def arms(seed, n=6):
+    """For runs.claims, on the whole canvas -> {row: {accuracy, steps}}, of the network that was trained with this seed."""
+    s, of = begun(1), dict(block_length=0)
+    return {
+        "threshold 0.15": filled(s, threshold, **of, threshold=THRESHOLDS[0]),
+        "policy, alpha 0.3": learned(s, f"unmasking_policy-{seed}-alpha-0.3", n, **of),
+        "random order, 2 steps": filled(s, mdlm.unmask, n, **of, order="random", denoising_steps=2),
+        "left to right, 2 steps": filled(s, mdlm.unmask, 1, **of, order="left", denoising_steps=2),
+    }
+
+
 def draw(figure, data):
     *axes, strip = figure.subplots(1, 3, width_ratios=[1, 1, 1.15])
     for axis, (canvas, arms) in zip(axes, data["canvases"].items()):
