@@ -1,4 +1,5 @@
-"""What holds for all tests. vLLM's are collected where vLLM is installed; .ci/run gives them an environment of their own."""
+"""What holds for all tests. vLLM's and the browser's are collected where vLLM or selenium is installed; .ci/run gives each of
+them an environment of its own."""
 
 import importlib.util
 import os
@@ -11,7 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # as gpu.init() has it for tiny models; some tests make these themselves
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py"]
+APART = {"vllm": "test_vllm.py", "selenium": "test_browser.py"}
+collect_ignore = [file for package, file in APART.items() if not importlib.util.find_spec(package)]
 
 
 @pytest.fixture
