@@ -221,7 +221,7 @@ def test_a_command_that_was_cut_short_does_only_what_is_left(house, monkeypatch)
 def test_a_family_record_counts_while_its_scripts_compute_the_same(house):
     numbers = {item: {"greedy accuracy after": dict(seeds=v)} for item, v in dict(base=LOW, plus=HIGH).items()}
     path = house.root / "runs" / "reference" / "old.json"
-    path.write_text(json.dumps(dict(summary=numbers, lessons=compare.lessons(["base", "plus"]))))
+    path.write_text(json.dumps(dict(summary=numbers, lessons=compare.lessons(["base", "minus", "plus"]))))
     entries, ran = house("plus")
     assert ran == [] and entries["plus"]["source"] == "old.json" and entries["plus"]["arms"]["plus"] == HIGH
     assert entries["plus"]["changed"] == [] and entries["plus"]["seconds"] is None
