@@ -36,7 +36,7 @@ CHANGES = {
     "token weights": "token_weights kl_weights text_weights",
     "KL and reference": "kl_penalty token_kl kl_weights ref beta",
     "sampling": "make_engine think decode pick propose verify unmask play chain tree heat attempts informative selection "
-    "prefixes carry group_size prompts_per_step candidates temperature read_on",
+    "prefixes carry group_size prompts_per_step candidates read_on",
     "data": "task questions experts Corpus revision_columns contrastive_column retold teachers prompt",
     "scores": "scores",
     "a network of its own": "",
@@ -121,7 +121,8 @@ def entries():
         functions = named if base else [p for p, chunk in parts.chunks(text).items() if atlas_lesson.is_function(chunk)]
         entry.changes = changes([*named, *entry.copies], text) if base else ()
         flags = re.findall(r"^    (\w+): .* = ", parts.chunks(text).get("own fields", ""), re.M)
-        words = [name, entry.note.label, entry.note.title, parts.note(text).split("\n\nFamily: ")[0], *functions, *entry.copies]
+        said = re.search(r"^Idea: (.+?)\n\n", parts.note(text), re.M | re.S)[1]
+        words = [name, entry.note.label, entry.note.title, *entry.note.arxiv, said, *functions, *entry.copies]
         words += [*flags, *(f"--{flag.replace('_', '-')}" for flag in flags)]
         entry.find = " ".join(" ".join(words).lower().split())
         out[name] = entry
@@ -196,6 +197,7 @@ def results(entry, found, pictures):
     if path := atlas_shown.picture(name):
         shutil.copyfile(path, pictures / path.name)
         shown["picture"] = path.name, atlas_shown.alt(path, found["sections"]) or f"Results of {entry.note.label}"
+    shown["any"] = any(shown.get(key) for key in ("curves", "table", "gate", "picture"))
     return shown
 
 

@@ -110,7 +110,6 @@ class Segment:
     state: str
     """same, changed, or apart (no part of the lesson)"""
     names: list
-    title: str
     note: str = ""
     other: str = ""
     """the script that this is word for word"""
@@ -120,6 +119,20 @@ class Segment:
     code: list = field(default_factory=list)
     """of any other: its lines as HTML"""
     open: bool = False
+
+    @property
+    def title(self):
+        """What a fold is called where that is no name of a part."""
+        if self.names == ["own fields"]:
+            return "Its own flags"
+        if self.names[-1].startswith("if __name__"):
+            return "Where it starts"
+        return "" if self.fields else "Imports"
+
+    @property
+    def fields(self):
+        """Names of the parts, without imports and the head of Args."""
+        return [name for name in self.names if name.isidentifier() and name != "Args"]
 
 
 def anchor(name):
@@ -220,19 +233,12 @@ def lesson(text, base_text=None):
         ruler = (re.findall(r"^# -{3,} (.+)$", chunk, re.M) or [ruler])[-1]
         if part == "docstring" or part == "own fields" and part not in mine:
             continue
-        said, state = "", "apart"
-        if part == "own fields":
-            said = "its own flags"
-        elif part in third:
-            said = "word for word as in"
-        elif part in measures:
-            said = "only looks, and never touches the training"
-        elif part in world:
-            said = "a task of its own"
-        else:
-            state = "same" if not base_text or mine.get(part) == theirs.get(part) else "changed"
+        said = "word for word as in" * (part in third) or "only looks, never touches the training" * (part in measures)
+        said = said or "a task of its own" * (part in world)
+        state = "same" if not base_text or mine.get(part) == theirs.get(part) else "changed"
+        state = "apart" if said or part == "own fields" else state
         function = is_function(chunk) or part == "own fields"
-        segment = Segment(state, [part], part, said, third.get(part, ""), function)
+        segment = Segment(state, [part], said, third.get(part, ""), function)
         if state == "changed":
             segment.pieces = pieces(part, theirs.get(part, ""), mine.get(part, ""), gone, new)
             said = "" if part in mine and part in theirs else "new" if part in mine else "gone"
@@ -246,17 +252,4 @@ def lesson(text, base_text=None):
             out[-1].pieces += segment.pieces
         else:
             out.append(segment)
-    for segment in out:
-        segment.title = _title(segment)
     return out
-
-
-def _title(segment):
-    """A function by its name; others by the names of the fields, and how many there are."""
-    if segment.function:
-        return "flags" if segment.names == ["own fields"] else segment.names[0]
-    fields = [n for n in segment.names if n.isidentifier() and n != "Args"]
-    if not fields:
-        return "the call of all this" if segment.names[-1].startswith("if __name__") else "imports"
-    most = len(fields) if segment.state == "changed" else 4
-    return ", ".join(fields[:most]) + (f" and {len(fields) - most} more settings" if len(fields) > most else "")

@@ -124,7 +124,7 @@ def gates(path=REFERENCE / "gates.json", names=()):
             if word in names:
                 script = word
                 how[script] = []
-            else:
+            elif script:
                 how[script].append(word)
         for script, words in how.items():
             out.setdefault(script, {})[", ".join(words)] = of
@@ -139,9 +139,9 @@ def draw_curves(found, path):
         if theirs:
             figures.curve(axis, theirs, BASE, lw=1.4)
         figures.curve(axis, mine, OWN, lw=1.8)
-        axis.set_title(title if len(panels) > 1 else "", fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.set_xlabel("step")
-    axes[0].set_ylabel(pictures.wrapped(found.measure, 26))
+    axes[0].set_ylabel(found.measure.partition(" on ")[0])
     _save(figure, path)
 
 
@@ -156,7 +156,8 @@ def draw_gate(ratios, mine, base, path):
             axis.plot(ratios, _numbers(own), color=OWN, lw=1.6)
             if any(x is not None and abs(x - 1) > 1e-3 for x in later):
                 axis.plot(ratios, _numbers(later), ":", color=OWN, lw=1.4)
-            axis.set_title(f"advantage {sign}" + (f", {moved}" if moved else ""), fontsize=9)
+            side = f"advantage {sign}".replace("-", "\N{MINUS SIGN}")
+            axis.set_title(f"{side}, {moved}" if moved else side, fontsize=9)
             axis.axvline(1, color=BASE, lw=0.6)
             axis.set_xscale("log", base=2)
             axis.set_xticks([0.125, 0.25, 0.5, 1, 2, 4, 8], ["1/8", "1/4", "1/2", "1", "2", "4", "8"])
@@ -193,7 +194,7 @@ def _save(figure, path):
     from matplotlib import rc_context
 
     with rc_context(SVG):
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None}, transparent=True)
 
 
 def picture(name, folder=REFERENCE):

@@ -53,7 +53,7 @@ const code = (lines) => `<pre class="code"><code>${lines.join("\n")}</code></pre
 function column(found, side, tag) {
   return `<pre class="code"><code>${found.map((row) => {
     const line = row[side], t = line !== null && line.trim() && !row[2] ? tag : "span";
-    return `<${t} class="l ${line === null ? "pad" : "same"}">${line ?? ""}\n</${t}>`;
+    return `<${t} class="row ${line === null ? "pad" : "same"}">${line ?? ""}\n</${t}>`;
   }).join("")}</code></pre>`;
 }
 
@@ -83,7 +83,9 @@ function pair() {
     order.push(...rest.filter((p) => !mine.has(p)));
     let html = "", same = [], code = [], changed = 0;
     const flush = () => {
-      if (same.length) html += fold(`<code>${same.slice(0, 5).join(", ")}</code>${same.length > 5 ? ` and ${same.length - 5} more` : ""} <span class="word">the same</span>`, code);
+      const more = same.length > 4 ? ` and ${same.length - 4} more settings` : "";
+      const title = same.length ? `<code>${same.slice(0, 4).join(", ")}</code>${more}` : "Imports, or where it starts";
+      if (code.length) html += fold(`${title} <span class="word">the same</span>`, code);
       [same, code] = [[], []];
     };
     for (const part of order) {
@@ -91,7 +93,7 @@ function pair() {
       const title = part.replace(/&/g, "&amp;").replace(/</g, "&lt;");
       if (x && y && x.id === y.id) {
         if (x.f) flush();
-        same.push(title);
+        if (x.f || (/^\w+$/.test(part) && part !== "Args")) same.push(title);
         code.push(...lines(x.id));
         if (x.f) flush();
         continue;
@@ -100,7 +102,7 @@ function pair() {
       if (!x || !y) {
         const found = lines((x ?? y).id).map((line) => [line, line, false]);
         changed += found.filter((row) => row[0].trim()).length;
-        html += `<section class="part"><h2><code>${title}</code> <span class="word">only in ${x ? a : b}</span></h2><div class="one">${column(found, 0, x ? "del" : "ins")}</div></section>`;
+        html += `<section class="part"><h2><code>${title}</code> <span class="word">only in ${x ? a : b}</span></h2><div class="one ${x ? "gone" : "new"}">${column(found, 0, x ? "del" : "ins")}</div></section>`;
         continue;
       }
       const found = rows(lines(x.id), lines(y.id));
