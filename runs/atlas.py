@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ MARK = "atlas.txt"  # what tells a folder that was written here from another, wh
 # What a script changes, by the names of the parts in which it differs from its base. A network: a class that is a torch module.
 CHANGES = {
     "rewards": "token_rewards rank_rewards flow_rewards dpo_rewards prefix_rewards hidden_rewards soft_reward length_reward "
-    "policy_reward speed_reward total_reward overlong_penalty shaping curriculum noisy_reward",
+    "policy_reward speed_reward total_reward overlong_penalty shaping curriculum",
     "advantages": "advantages token_advantages gae returns value_targets scale",
     "objective": "surrogate pair_loss token_loss likelihood project bounds csft_loss sft_losses ntp_loss distill",
     "token weights": "token_weights kl_weights text_weights",
@@ -246,4 +245,4 @@ def main(o):
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    main(tyro.cli(Options))

@@ -18,6 +18,7 @@ CONTEXT = 3  # unchanged lines that stay in sight above and below a changed one
 # Rulers of a script without a base; what stands below them is open on its page.
 OPEN = ("the objective", "the rule", "the score", "the judges", "the search")
 FIELD = re.compile(r"^(Family|Differs from \w+\.py in|Same as \w+\.py|Measures|World|Base|Stand-alone|Costs|Run): +(.*)$")
+ABOVE = re.compile(r"\s*(?:# -{9,} .*)?$")  # blank lines and rulers, which a part begins with
 COMMAND = re.compile(r"^(?:python|torchrun|\w+=)")
 LEXER, FORMATTER = PythonLexer(stripnl=False, ensurenl=False), HtmlFormatter(nowrap=True)
 UNSTYLED = re.compile(r'<span class="(?:n|p|w)">([^<]*)</span>')  # half of what Pygments writes, and without a colour
@@ -199,8 +200,8 @@ def pieces(part, base_chunk, chunk, gone, new):
     shown = highlighted(base_chunk), highlighted(chunk)
     out = {i for p, i in gone if p == part}, {i for p, i in new if p == part}
     rows = beside(left, right, *out)
-    while rows and all(n is None or not side[n].strip() for n, side in zip(rows[0], (left, right))):
-        rows.pop(0)
+    bare = [all(n is None or n not in of and ABOVE.match(s[n]) for n, of, s in zip(row, out, (left, right))) for row in rows]
+    rows = rows[next((i for i, is_bare in enumerate(bare) if not is_bare), 0) :]
 
     def line(n, side):
         if n is None:
@@ -244,7 +245,8 @@ def lesson(text, base_text=None):
             said = "" if part in mine and part in theirs else "new" if part in mine else "gone"
             segment.note = said
         else:
-            segment.code = list(itertools.dropwhile(lambda line: not line.strip(), highlighted(chunk)))
+            above = list(itertools.takewhile(ABOVE.match, chunk.splitlines()))
+            segment.code = highlighted(chunk)[len(above) :]
         segment.open = not base_text and state == "same" and function and any(ruler.startswith(name) for name in OPEN)
         if out and not function and not out[-1].function and (out[-1].state, out[-1].note) == (state, segment.note):
             out[-1].names.append(part)

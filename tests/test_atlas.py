@@ -201,6 +201,8 @@ def test_needs_and_changes_are_said_of_every_script():
     assert {key for needs in atlas.NEEDS.values() for key in needs.split()} == set(atlas.COSTS)
     assert not [n for n, needs in atlas.NEEDS.items() if "nothing" in needs.split() and needs != "nothing"]
     found = atlas.entries()
+    named = {part for e in found.values() for part in (*e.parts, *e.copies)}
+    assert {part for of in atlas.CHANGES.values() for part in of.split()} - named == set()
     assert [n for n, e in found.items() if bool(e.changes) != bool(e.base)] == []
     wanted = dict(sapo={"objective"}, dr_grpo={"advantages", "token weights"}, bupo={atlas.LOOP}, ccp={"scores", "data"})
     assert {name: set(found[name].changes) & {*atlas.CHANGES, atlas.LOOP} for name in wanted} == wanted

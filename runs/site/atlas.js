@@ -21,6 +21,7 @@ function map() {
     for (const box of document.querySelectorAll(".branch, .family")) {
       box.hidden = !box.querySelector("li.method:not([hidden])");
     }
+    for (const link of document.querySelectorAll(".families a")) link.hidden = by(link.hash.slice(1)).closest("section").hidden;
     by("found").textContent = quiet ? "" : n === 1 ? "1 script" : `${n} of ${all} scripts`;
   }
   form.addEventListener("input", show);
@@ -83,14 +84,14 @@ function pair() {
     order.push(...rest.filter((p) => !mine.has(p)));
     let html = "", same = [], code = [], changed = 0;
     const flush = () => {
-      const more = same.length > 4 ? ` and ${same.length - 4} more settings` : "";
+      const more = same.length > 4 ? ` and ${same.length - 4} more setting${same.length > 5 ? "s" : ""}` : "";
       const title = same.length ? `<code>${same.slice(0, 4).join(", ")}</code>${more}` : "Imports, or where it starts";
       if (code.length) html += fold(`${title} <span class="word">the same</span>`, code);
       [same, code] = [[], []];
     };
     for (const part of order) {
       const [x, y] = [mine.get(part), theirs.get(part)];
-      const title = part.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+      const title = part.replace("own fields", "flags of its own").replace(/&/g, "&amp;").replace(/</g, "&lt;");
       if (x && y && x.id === y.id) {
         if (x.f) flush();
         if (x.f || (/^\w+$/.test(part) && part !== "Args")) same.push(title);
