@@ -191,9 +191,15 @@ def test_pictures_are_drawn_alike(tmp_path):
     for i in (1, 2):
         atlas_shown.draw_curves(found, tmp_path / f"curves-{i}.svg")
         atlas_shown.draw_gate(ratios, gates["gspo"], gates["grpo"], tmp_path / f"gate-{i}.svg")
-    for name in ("curves", "gate"):
+    for name, lines in dict(curves=1, gate=8).items():  # the gate's: its own and later tokens', two signs, two ways to move
         one, two = ((tmp_path / f"{name}-{i}.svg").read_text() for i in (1, 2))
-        assert one == two and one.count("#24527a") >= (2 if name == "curves" else 4)
+        assert one == two and len(re.findall(rf"fill: none; stroke[^\"]*{atlas_shown.OWN}", one)) == lines
+
+
+def test_a_gate_is_drawn_where_the_base_has_another(read):
+    drawn = {n for n in TEXTS if f"{n}-gate.svg" in read[f"{n}.html"].text}
+    told = {n for n in TEXTS if "is pushed as in" in " ".join(read[f"{n}.html"].words)}
+    assert {"grpo", "sapo", "gspo", "dapo"} < drawn and {"dr_grpo", "ppo", "forking_tokens"} < told and not drawn & told
 
 
 def test_needs_and_changes_are_said_of_every_script():
