@@ -145,7 +145,7 @@ def compare(mine, theirs):
 
 
 def index(lessons, found, tried):
-    """algos/README.md. `lessons`: {name: Lesson}; `found`: what records() gives; `tried`: what runs.claims has recorded, or None."""
+    """algos/README.md. `lessons`: {name: Lesson}; `found`: what records() gives; `tried`: what runs.claims has, or None."""
     first = [f"{i}. [{name}]({name}.py): {look}" for i, (name, look) in enumerate(READING.items(), 1)]
     out = [HEAD + "\n".join(first), LEGEND]
 

@@ -102,7 +102,8 @@ def test_two_side_by_side(open_):
     marked = "".join(e.get_attribute("textContent") for e in driver.find_elements(By.CSS_SELECTOR, "#out del"))
     assert "sigmoid" in marked  # sapo's gate, which gspo has not
     right.select_by_value("sapo")
-    assert driver.current_url.endswith("#sapo/sapo") and not driver.find_elements(By.CSS_SELECTOR, "#out h2, #out del, #out ins")
+    assert driver.current_url.endswith("#sapo/sapo")
+    assert not driver.find_elements(By.CSS_SELECTOR, "#out h2, #out del, #out ins")
     right.select_by_value("ppo")
     driver.find_element(By.ID, "swap").click()
     assert driver.current_url.endswith("#ppo/sapo") and driver.find_elements(By.CSS_SELECTOR, "#out ins")
@@ -127,7 +128,8 @@ for (const e of document.querySelectorAll('p, a, h1, h2, h3, li, td, th, summary
   if (!e.checkVisibility() || ![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
   let at = e;
   while (at && getComputedStyle(at).backgroundColor === 'rgba(0, 0, 0, 0)') at = at.parentElement;
-  out.push([getComputedStyle(e).color, at ? getComputedStyle(at).backgroundColor : 'rgb(255, 255, 255)', e.textContent.trim().slice(0, 40)]);
+  const behind = at ? getComputedStyle(at).backgroundColor : 'rgb(255, 255, 255)';
+  out.push([getComputedStyle(e).color, behind, e.textContent.trim().slice(0, 40)]);
 }
 return out;"""
 

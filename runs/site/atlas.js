@@ -24,7 +24,7 @@ function map() {
     for (const link of document.querySelectorAll(".families a")) link.hidden = by(link.hash.slice(1)).closest("section").hidden;
     by("found").textContent = quiet ? "" : n === 1 ? "1 script" : `${n} of ${all} scripts`;
   }
-  form.addEventListener("input", show);
+  for (const kind of ["input", "change"]) form.addEventListener(kind, show);
   form.addEventListener("submit", (event) => event.preventDefault());
   show();
 }
