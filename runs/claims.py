@@ -11,7 +11,7 @@ What is missing is run as runs.compare runs it, two at a time; a command that wa
 
 The rule is runs.compare's: a difference of means counts from the claim's margin on, outside both spans over the seeds, and,
 where there are two warm starts, on both. A claim of `higher` or `lower` holds where the method differs so from the baseline;
-one of `equal` (nothing is lost) unless the method is worse. Where it rests on a control, the method has to beat that as well.
+one of `equal` (nothing is lost) where it is worse on none of them. What rests on a control has to beat that as well.
 """
 
 import json
@@ -200,8 +200,8 @@ def judged(claim, arms):
         for start in claim["starts"]
         for control in start[2:]
     ]
-    good = ("better", "equal") if claim["better"] == "equal" else ("better",)
-    verdict = HOLDS if whole in good else OTHER if whole == "worse" else NONE
+    good = "worse" not in words if claim["better"] == "equal" else whole == "better"
+    verdict = HOLDS if good else OTHER if whole == "worse" else NONE
     rests = next((c["word"] for c in controls if c["item"] == claim.get("beats")), "better")
     if verdict == HOLDS and rests != "better":
         verdict = OTHER if rests == "worse" else NONE
