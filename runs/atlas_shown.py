@@ -83,8 +83,8 @@ def curves(name, base, claim, found):
             drawn = [[_points(items.get(item), column) for item in pair] for pair in pairs]
             if drawn and all(any(seed) for pair in drawn for side in pair if side is not None for seed in side):
                 own, data = pairs[0][1], compare.data_of(of)
-                score = any("score" in key for key in of["summary"][own])
-                label = LABELS.get(column, column.replace("_", " ")).format(measure="score" if score else "accuracy")
+                words = [key.split()[1] for key in of["summary"][own] if key.startswith("greedy ")]
+                label = LABELS.get(column, column.replace("_", " ")).format(measure=(words or ["accuracy"])[0])
                 panels = [(data.get(pair[1]) or "", mine, theirs) for pair, (theirs, mine) in zip(pairs, drawn)]
                 return Curves(record, label, own, pairs[0][0], len(items[own]), panels)
     return None
