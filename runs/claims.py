@@ -25,16 +25,20 @@ from pathlib import Path
 
 import tyro
 
-from common import ROOT, UserError
+from common import ROOT, UserError, reason
 from common.figures import markdown
 from runs import compare, launch
 
 FIELDS = "claim arms first rows row file panel metric better beats margin flags record why".split()
 VERDICTS = HOLDS, NONE, OTHER, UNTRIED = "holds here", "no difference here", "the other way round here", "not tried"
-HEAD = """`python -m runs.claims`: the sentence of each paper in [claims.toml](../claims.toml), its arms, and what came out.
+HEAD = """`python -m runs.claims`: the sentence of each paper in [claims.toml](../claims.toml), its arms, and what came out,
+judged by one rule. A difference counts where the means are 0.03 or more apart (or a claim's own margin) and the spans over the
+seeds do not overlap, on every warm start; all else is *no difference here*, however it looks. What does not hold here may at a
+paper's size.
+
 Differences are method less baseline: the mean over the seeds and the 95% bootstrap interval of the paired differences, of each
-warm start. Minutes are of all runs of a claim, one after the other, on a core each (two at a time take half). †: the code of a
-script has changed since; `python -m runs.claims` makes the numbers anew. What does not hold here may at the paper's size.
+warm start. Minutes are of all runs of a claim, one after the other, on a core each (two at a time take half); *recorded*: of a
+family's section. †: the code of a script has changed since; `python -m runs.claims` makes the numbers anew.
 
 """
 
@@ -90,59 +94,65 @@ def scripts(slug, claim):
     return compare.lessons([*items(slug, claim), *([slug] if "panel" in claim else [])])
 
 
+def asked(claim):
+    """What decides the numbers of an arm, besides the arm: another claim's, or an older one's, are not taken for it."""
+    return {name: claim.get(name) for name in ("metric", "flags", "first", "row", "file", "panel", "record")}
+
+
 def kept(slug, claim, options):
-    """What claims.json has of a claim for the same arms, metric and seeds, or None."""
-    path = Path(f"{options.out}.json")
-    old = json.loads(path.read_text())["claims"].get(slug, {}) if path.exists() else {}
-    same = list(old.get("arms", {})) == everything(claim) and old.get("metric") == claim["metric"]
-    return old if same and old["seeds"] == options.seeds else None
+    """{arm: numbers} that claims.json has of a claim, and its entry."""
+    old = entries_of(options.out).get(slug, {})
+    same = old.get("asked") == asked(claim) and old.get("seeds", 0) >= options.seeds
+    return {arm: values[: options.seeds] for arm, values in old["arms"].items()} if same else {}, old
+
+
+def training(flags):
+    """The flags that touch more than the evaluation, in order."""
+    return sorted(word for word in re.findall(r"--\S+(?: [^-]\S*)*", flags or "") if not word.startswith("--eval"))
 
 
 def recorded(slug, claim, options):
-    """The same out of the record in runs/reference that a claim names."""
+    """{arm: numbers} of the record in runs/reference that a claim names, and its digests."""
     path = ROOT / "runs" / "reference" / f"{claim.get('record')}.json"
     if not path.exists():
-        return None
-    record = json.loads(path.read_text())
+        return {}, {}
+    record = json_of(path)
+    if training(record["command"].partition(" -- ")[2]) != training(claim.get("flags")):
+        raise UserError(f"claims.toml: {slug} has other flags than the command of {path.name}")
     if "row" in claim:
-        found = {arm: of["table"][claim["row"]].get(claim["metric"]) for arm, of in record["results"].items()}
-        found = {arm: found.get(arm) for arm in everything(claim)}
+        found = {arm: of["table"].get(claim["row"], {}).get(claim["metric"]) for arm, of in record["results"].items()}
     elif "rows" in claim:
-        table = record["results"][slug]["table"]
-        found = {arm: table.get(arm, {}).get(claim["metric"]) for arm in everything(claim)}
+        found = {row: of.get(claim["metric"]) for row, of in record["results"][slug]["table"].items()}
     else:
-        found = {arm: record["summary"].get(arm, {}).get(claim["metric"], {}).get("seeds") for arm in everything(claim)}
-    if not all(values and len(values) >= options.seeds for values in found.values()):
-        return None
-    arms = {arm: values[: options.seeds] for arm, values in found.items()}
-    return dict(arms=arms, seconds=None, source=path.name, lessons=record.get("lessons", {}))
+        found = {arm: of.get(claim["metric"], {}).get("seeds") for arm, of in record["summary"].items()}
+    enough = {arm: v[: options.seeds] for arm, v in found.items() if v and len(v) >= options.seeds}
+    return {arm: values for arm, values in enough.items() if arm in everything(claim)}, record.get("lessons", {})
 
 
-def tried(slug, claim, options):
-    """The same from runs, which are made where they are missing. UserError where one fails."""
-    extra, names = claim.get("flags", "").split(), list(dict.fromkeys(items(slug, claim)))
-    first = [item for item in names if item in claim.get("first", [])]
+def tried(slug, claim, options, missing):
+    """The numbers of the arms that are missing, from runs, which are made unless they are there. UserError where one fails."""
+    extra, first = claim.get("flags", "").split(), claim.get("first", [])
+    runs = missing if missing and "rows" not in claim and "panel" not in claim else items(slug, claim)
     how, folders = compare.Options(seeds=options.seeds, jobs=options.jobs), {}
-    for some in (first, [item for item in names if item not in first]):  # the first before those that start from them
+    for some in (first, [item for item in dict.fromkeys(runs) if item not in first]):  # the first before what starts from them
         folders |= compare.each(compare.run, some, how, extra) if some else {}
     seconds = [taken(folder) for of in folders.values() for folder in of]
     if "panel" in claim:
         looks = compare.each(looked, [slug], how, [])[slug]
-        tables, seconds = [table for table, _ in looks], [*seconds, *(took for _, took in looks)]
-        arms = {row: [table[row][claim["metric"]] for table in tables] for row in everything(claim)}
+        seconds += [took for _, took in looks]
+        arms = {row: [table[row][claim["metric"]] for table, _ in looks] for row in everything(claim)}
     elif "file" in claim:
-        of = [json.loads((folder / claim["file"]).read_text()) for folder in folders[claim["arms"][0]]]
+        of = [json_of(folder / claim["file"]) for folder in folders[claim["arms"][0]]]
         arms = {row: [inside(data, row.split("."))[claim["metric"]] for data in of] for row in everything(claim)}
     elif "row" in claim:
-        of = {arm: [json.loads((folder / "results.json").read_text()) for folder in folders[arm]] for arm in everything(claim)}
-        arms = {arm: [found["table"][claim["row"]][claim["metric"]] for found in some] for arm, some in of.items()}
+        of = {arm: [json_of(folder / "results.json")["table"] for folder in folders[arm]] for arm in missing}
+        arms = {arm: [table[claim["row"]][claim["metric"]] for table in tables] for arm, tables in of.items()}
     elif "rows" in claim:
-        tables = [json.loads((folder / "results.json").read_text())["table"] for folder in folders[slug]]
+        tables = [json_of(folder / "results.json")["table"] for folder in folders[slug]]
         arms = {row: [table[row][claim["metric"]] for table in tables] for row in everything(claim)}
     else:
-        kind = compare.kind(names[-1])
-        arms = {arm: compare.summary(folders[arm], kind)[claim["metric"]]["seeds"] for arm in everything(claim)}
-    return dict(arms=arms, seconds=None if None in seconds else sum(seconds), source="runs", lessons=scripts(slug, claim))
+        arms = {arm: compare.summary(folders[arm], compare.kind(arm))[claim["metric"]]["seeds"] for arm in missing}
+    return dict(arms=arms, seconds=None if None in seconds else sum(seconds), source="runs")
 
 
 def looked(slug, seed, extra, share):
@@ -170,19 +180,49 @@ def there(slug, claim, options):
     if "panel" in claim:
         return False
     pairs = [(item, seed) for item in items(slug, claim) for seed in range(1, options.seeds + 1)]
-    return bool(pairs) and all(compare.finished(compare.place(*pair, claim.get("flags", "").split())[0]) for pair in pairs)
+    return all(compare.finished(compare.place(*pair, claim.get("flags", "").split())[0]) for pair in pairs)
+
+
+def known(slug, claim, options):
+    """What is recorded of a claim's arms, by scripts that compute the same -> dict(arms, seconds, source, lessons)."""
+    now, out = scripts(slug, claim), dict(arms={}, seconds=None, source="")
+    if options.fresh:
+        return out | dict(lessons=now)
+    mine, old = kept(slug, claim, options)
+    theirs, lessons = recorded(slug, claim, options)
+    for arms, digests, how in (
+        (theirs, lessons, dict(source=f"{claim.get('record')}.json", seconds=None)),
+        (mine, old.get("lessons", {}), dict(source=old.get("source"), seconds=old.get("seconds"))),
+    ):
+        if arms and now.items() <= digests.items():
+            out |= how | dict(arms=out["arms"] | arms)
+    return out | dict(lessons=now)
+
+
+def missing(claim, found):
+    """The arms that have no numbers yet."""
+    return [arm for arm in everything(claim) if arm not in found["arms"]]
+
+
+def stale(slug, claim, options):
+    """The same of earlier code, all arms of one source, or None."""
+    mine, old = kept(slug, claim, options)
+    theirs, lessons = recorded(slug, claim, options)
+    ways = [dict(old, arms=mine), dict(arms=theirs, lessons=lessons, seconds=None, source=f"{claim.get('record')}.json")]
+    return next((way for way in ways if not missing(claim, way)), None)
 
 
 def numbers(slug, claim, options):
     """Where a claim's numbers come from -> dict(arms, seconds, source, lessons), or None where nothing may be run."""
-    ways = [] if options.fresh else [found for found in (kept(slug, claim, options), recorded(slug, claim, options)) if found]
-    now = scripts(slug, claim)
-    good = [found for found in ways if now.items() <= found["lessons"].items()]
-    if good:
-        return good[0]
-    if options.recorded and not there(slug, claim, options):
-        return ways[0] if ways else None
-    return tried(slug, claim, options)
+    found = known(slug, claim, options)
+    if left := missing(claim, found):
+        if options.recorded and not there(slug, claim, options):
+            return stale(slug, claim, options)
+        made = tried(slug, claim, options, left)
+        both = f"{found['source']} and runs" if found["arms"] else "runs"
+        made |= dict(source=both, seconds=None if found["arms"] else made["seconds"])
+        found |= made | dict(arms=found["arms"] | made["arms"])
+    return found
 
 
 def judged(claim, arms):
@@ -190,39 +230,44 @@ def judged(claim, arms):
     sign, margin = -1 if claim["better"] == "lower" else 1, claim.get("margin", compare.MARGIN)
 
     def word(*pairs):
-        return compare.verdict(*[[[sign * x for x in arms[arm]] for arm in pair] for pair in pairs], margin=margin)
+        sides = [[[sign * x for x in arms[arm]] for arm in pair] for pair in pairs]
+        return compare.verdict(*sides, margin=margin).partition(" (")[0]
 
-    said, words = [], []
-    for base, method, *_ in claim["starts"]:
-        said.append(dict(baseline=base, method=method, **compare.difference(arms[method], arms[base])))
-        words.append(word((method, base)))
-    whole = word(*[(method, base) for base, method, *_ in claim["starts"]])
-    controls = [
-        dict(item=control, **compare.difference(arms[start[1]], arms[control]), word=word((start[1], control)))
-        for start in claim["starts"]
-        for control in start[2:]
-    ]
-    good = "worse" not in words if claim["better"] == "equal" else whole == "better"
-    verdict = HOLDS if good else OTHER if whole == "worse" else NONE
-    rests = next((c["word"] for c in controls if c["item"] == claim.get("beats")), "better")
-    if verdict == HOLDS and rests != "better":
-        verdict = OTHER if rests == "worse" else NONE
-    note = f"{' and '.join(words)} on the two warm starts" if len(set(words)) > 1 else ""
-    if rests != "better":
-        note = "; ".join([*([note] if note else []), f"{rests} against {claim['beats']}, which it has to beat"])
-    return dict(starts=said, controls=controls, verdict=verdict, note=note)
+    def against(method, other):
+        return compare.difference(arms[method], arms[other])
+
+    starts = [(method, base, others) for base, method, *others in claim["starts"]]
+    said = [dict(baseline=base, method=method, **against(method, base)) for method, base, _ in starts]
+    controls = [dict(item=x, **against(method, x), word=word((method, x))) for method, _, others in starts for x in others]
+    words = [word((method, base)) for method, base, _ in starts]
+    whole, note = word(*[(method, base) for method, base, _ in starts]), []
+    verdict = HOLDS if whole == "better" else OTHER if whole == "worse" else NONE
+    if claim["better"] == "equal" and whole != "worse":
+        verdict = NONE if "worse" in words else HOLDS
+    if len(set(words)) > 1:
+        note.append(f"{' and '.join(words)} on the two warm starts" + ", so that it does not hold" * (verdict == NONE))
+    if "beats" in claim:
+        at = claim["starts"][0].index(claim["beats"])
+        rests = word(*[(start[1], start[at]) for start in claim["starts"] if len(start) > at])
+        if verdict == HOLDS and rests != "better":
+            verdict = NONE
+        if rests != "better":
+            note.append(f"{rests} against {claim['beats']}, which it has to beat")
+    return dict(starts=said, controls=controls, verdict=verdict, note="; ".join(note))
 
 
 def entry(slug, claim, found, seeds):
     """What claims.json says of a claim."""
-    said = dict(claim=claim["claim"], metric=claim.get("metric", ""), better=claim.get("better", ""), seeds=seeds)
+    said = dict(claim=claim["claim"], metric=claim.get("metric", ""), better=claim.get("better", ""))
+    said |= dict(flags=claim.get("flags", ""), margin=claim.get("margin", compare.MARGIN), seeds=seeds, asked=asked(claim))
     if found is None:
         why = claim.get("why", "nothing is recorded: python -m runs.claims " + slug)
         said |= dict(arms={}, starts=[], controls=[], verdict=UNTRIED, note="", seconds=None, source="", changed=[])
         return said | dict(why=why)
     now = scripts(slug, claim)
     changed = [script for script in now if found["lessons"].get(script) != now[script]]
-    said |= {name: found[name] for name in ("arms", "seconds", "source", "lessons")}
+    said |= dict(arms={arm: found["arms"][arm] for arm in everything(claim)})
+    said |= {name: found[name] for name in ("seconds", "source", "lessons")}
     return said | judged(claim, found["arms"]) | dict(why="", changed=changed)
 
 
@@ -242,9 +287,10 @@ def row(slug, of):
         return f"`{item}` {statistics.mean(of['arms'][item]):.3f}"
 
     pairs = "; ".join(f"{arm(s['baseline'])} → {arm(s['method'])}" for s in of["starts"])
+    pairs += f", all with `{of['flags']}`" if of["flags"] else ""
     controls = "; ".join(f"{arm(c['item'])}: {c['word']}, {c['mean']:+.3f}" for c in of["controls"])
     verdict = f"**{of['verdict']}**" + ("†" if of["changed"] else "") + (f" ({of['note']})" if of["note"] else "")
-    minutes = "" if of["seconds"] is None else f"{of['seconds'] / 60:.0f}"
+    minutes = "recorded" if of["seconds"] is None else f"{of['seconds'] / 60:.0f}"
     metric = f"{of['metric']} ({of['better']})"
     return [name, of["claim"], f"{metric}: {pairs}", "; ".join(map(signed, of["starts"])), verdict, controls, minutes]
 
@@ -258,18 +304,41 @@ def counted(entries):
 def sentence(counts):
     """The counts in words, as README has them."""
     holds, none, other, untried = (counts[verdict] for verdict in VERDICTS)
-    said = f"Of {sum(counts.values())} claims, {holds} hold here, {none} make no difference, {other} go the other way round"
-    return said + (f"; {untried} were not tried." if untried else ".")
+    said = [f"{holds} hold{'s' * (holds == 1)} here", f"{none} show{'s' * (none == 1)} no difference here"]
+    said.append(f"{other} go{'es' * (other == 1)} the other way round here")
+    return f"Of {sum(counts.values())} claims, {', '.join(said)}" + (f"; {untried} not tried." if untried else ".")
+
+
+def json_of(path):
+    """What a file says. UserError where it cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def entries_of(out):
+    """{slug: entry} of claims.json, if there is one. UserError where the file is of another kind."""
+    path = Path(f"{out}.json")
+    record = json_of(path) if path.exists() else dict(claims={})
+    entries = record.get("claims") if isinstance(record, dict) else None
+    rows = entries.values() if isinstance(entries, dict) else [None]
+    if not all(isinstance(of, dict) and {"verdict", "asked"} <= of.keys() for of in rows):
+        raise UserError(f"{path} is not what runs.claims writes: name another --out, or delete it")
+    return entries
 
 
 def write(entries, out):
-    """claims.json and claims.md."""
+    """claims.json and claims.md, each whole or not at all."""
     counts = counted(entries)
     record = dict(command="python -m runs.claims", counts=counts, claims=entries)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.json").write_text(json.dumps(record, indent=1) + "\n")
     heads = ["paper", "claim", "baseline → method", "difference", "verdict", "the method against its controls", "minutes"]
-    Path(f"{out}.md").write_text(f"{HEAD}{sentence(counts)}\n\n{markdown(heads, [row(*x) for x in entries.items()])}\n")
+    page = f"{HEAD}{sentence(counts)}\n\n{markdown(heads, [row(*x) for x in entries.items()])}\n"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for ending, text in dict(json=json.dumps(record, indent=1) + "\n", md=page).items():
+        half = Path(f"{out}.{ending}.half")
+        half.write_text(text, encoding="utf-8")
+        half.replace(f"{out}.{ending}")
 
 
 def main(options):
@@ -279,11 +348,17 @@ def main(options):
         raise UserError(f"claims.toml has no {unknown[0]}; it has: {', '.join(claims)}")
     if min(options.seeds, options.jobs) < 1 or (options.recorded and options.fresh):
         raise UserError("--seeds and --jobs must be at least 1, and --recorded and --fresh exclude each other")
-    path = Path(f"{out}.json")
-    entries = json.loads(path.read_text())["claims"] if path.exists() else {}
+    entries, slugs = entries_of(out), [s for s in dict.fromkeys(options.slugs or claims) if "why" not in claims[s]]
+    todo = [s for s in slugs if missing(claims[s], known(s, claims[s], options))]
+    if todo and not options.recorded:
+        print(f"to be run, up to ten minutes each on two cores: {', '.join(todo)}", flush=True)
     for slug in options.slugs or claims:
-        claim = claims[slug]
+        claim, old = claims[slug], entries.get(slug, {})
         found = None if "why" in claim else numbers(slug, claim, options)
+        more = old.get("asked") == asked(claim) and (old.get("seeds", 0) > options.seeds or found is None)
+        if old.get("arms") and more and not options.fresh:
+            print(f"{slug}: stays as it is: {old['seeds']} seeds are recorded, {options.seeds} were asked for", flush=True)
+            continue
         entries[slug] = entry(slug, claim, found, options.seeds)
         entries = {name: entries[name] for name in claims if name in entries}
         write(entries, out)  # now, so that what is done stays done

@@ -23,6 +23,7 @@ def test_every_paper_has_a_claim():
         assert "why" in claim or any(slug == compare.parts(arm)[0] for arm in claims.items(slug, claim)) or "panel" in claim
         assert {compare.parts(i)[0] for i in claims.items(slug, claim)} <= set(sync.scripts())
         assert "record" not in claim or (REFERENCE / f"{claim['record']}.json").exists()
+        claims.recorded(slug, claim, claims.Options())  # which would complain of other flags than the record's
 
 
 def test_the_committed_table_is_what_the_rule_makes_of_the_committed_numbers(tmp_path):
@@ -31,6 +32,7 @@ def test_the_committed_table_is_what_the_rule_makes_of_the_committed_numbers(tmp
     assert list(entries) == list(wanted) and record["counts"] == claims.counted(entries)
     for slug, of in entries.items():
         assert (of["claim"], of["seeds"] >= 3) == (wanted[slug]["claim"], True)
+        assert of["asked"] == claims.asked(wanted[slug])
         if of["arms"]:
             assert list(of["arms"]) == claims.everything(wanted[slug]) and of["metric"] == wanted[slug]["metric"]
             again = claims.judged(wanted[slug], of["arms"])
@@ -43,10 +45,10 @@ def test_the_committed_table_is_what_the_rule_makes_of_the_committed_numbers(tmp
 
 
 def judged(better, base, method, *second, beats=None, control=LOW, margin=0.03):
-    starts, arms = [["base", "method", "control"]], dict(base=base, method=method, control=control)
+    starts, arms = [["base", "method", "control"]], dict(base=base, method=method, control=control[: len(base)])
     if second:
-        starts.append(["base:1", "method:1"])
-        arms |= {"base:1": second[0], "method:1": second[1]}
+        starts.append(["base:1", "method:1", "control:1"][: len(second)])
+        arms |= dict(zip(["base:1", "method:1", "control:1"], second))
     claim = dict(starts=starts, better=better, margin=margin, **(dict(beats=beats) if beats else {}))
     return claims.judged(claim, arms)
 
@@ -64,6 +66,8 @@ def judged(better, base, method, *second, beats=None, control=LOW, margin=0.03):
         ("equal", (HIGH, LOW), claims.OTHER),
         ("equal", (LOW, MIDDLE, HIGH, LOW), claims.NONE),  # on one warm start something is lost
         ("equal", (HIGH, LOW, HIGH, LOW), claims.OTHER),
+        ("higher", (LOW[:1], HIGH[:1]), claims.HOLDS),  # one seed
+        ("equal", (HIGH[:1], LOW[:1]), claims.OTHER),
         ("higher", (LOW, HIGH, LOW, HIGH), claims.HOLDS),
         ("higher", (LOW, HIGH, LOW, MIDDLE), claims.NONE),
         ("higher", (LOW, HIGH, HIGH, LOW), claims.NONE),
@@ -78,19 +82,25 @@ def test_a_control_has_to_be_beaten_and_a_margin_to_be_reached():
     assert judged("equal", LOW, LOW, beats="control", control=[0.4, 0.41, 0.42])["verdict"] == claims.HOLDS
     said = judged("equal", LOW, LOW, beats="control", control=MIDDLE)
     assert said["verdict"] == claims.NONE and said["note"] == "equal against control, which it has to beat"
-    assert judged("higher", LOW, HIGH, beats="control", control=[0.8, 0.9, 0.9])["verdict"] == claims.OTHER
+    # who loses to a control alone is not worse than the baseline
+    assert judged("higher", LOW, HIGH, beats="control", control=[0.8, 0.9, 0.9])["verdict"] == claims.NONE
+    # on every warm start that has the control
+    assert judged("equal", LOW, HIGH, LOW, HIGH, LOW, beats="control")["verdict"] == claims.HOLDS
+    assert judged("equal", LOW, HIGH, LOW, HIGH, [0.9, 0.9, 0.9], beats="control")["verdict"] == claims.NONE
     assert judged("lower", HIGH, LOW, beats="control", control=HIGH)["verdict"] == claims.HOLDS
     assert judged("higher", HIGH, LOW, beats="control")["verdict"] == claims.OTHER  # lost already, whatever the control
     assert judged("higher", LOW, HIGH, margin=0.2)["verdict"] == claims.NONE
 
 
 def test_the_numbers_beside_the_verdict():
+    said = judged("equal", HIGH, LOW, LOW, MIDDLE)
+    assert said["note"] == "worse and equal on the two warm starts, so that it does not hold"
     said = judged("higher", LOW, HIGH, LOW, MIDDLE, control=MIDDLE)
     first, second = said["starts"]
     assert (first["baseline"], first["method"], second["method"]) == ("base", "method", "method:1")
     assert first["mean"] == pytest.approx(0.31 / 3) and (first["low"], first["high"]) == pytest.approx((0.10, 0.11))
     assert second["mean"] == pytest.approx(0.01)
-    assert said["note"] == "better and equal on the two warm starts"
+    assert said["note"].startswith("better and equal on the two warm starts")
     (control,) = said["controls"]
     assert control["item"] == "control" and control["word"] == "better" and control["mean"] == pytest.approx(0.28 / 3)
 
@@ -201,6 +211,14 @@ def test_what_is_missing_is_run_once_and_a_change_of_the_code_runs_it_again(hous
     assert ran == ["minus 1", "minus 2", "minus 3"] and entries["minus"]["verdict"] == claims.HOLDS
     entries, ran = house("plus", fresh=True, seeds=4)  # three of the four lie in runs/compare
     assert ran == ["base 4", "plus 4"] and entries["plus"]["seeds"] == 4
+    assert house("plus", seeds=3) == (entries, [])  # four are better than three
+    toml = house.root / "claims.toml"
+    toml.write_text(TOML.replace('record = "old"', 'flags = "--lr 2"'))  # another experiment: nothing is taken for it
+    entries, ran = house("plus", "plus", jobs=3)
+    assert ran == [f"{name} {seed} --lr 2" for name in ("base", "plus") for seed in (1, 2, 3)]
+    toml.write_text(TOML.replace('"plus"]', '"plus", "minus"]').replace('record = "old"', 'flags = "--lr 2"'))
+    entries, ran = house("plus")  # a further arm: it alone is run
+    assert ran == [f"minus {seed} --lr 2" for seed in (1, 2, 3)] and list(entries["plus"]["arms"]) == ["base", "plus", "minus"]
 
 
 def test_a_command_that_was_cut_short_does_only_what_is_left(house, monkeypatch):
@@ -223,7 +241,8 @@ def test_a_command_that_was_cut_short_does_only_what_is_left(house, monkeypatch)
 def test_a_family_record_counts_while_its_scripts_compute_the_same(house):
     numbers = {item: {"greedy accuracy after": dict(seeds=v)} for item, v in dict(base=LOW, plus=HIGH).items()}
     path = house.root / "runs" / "reference" / "old.json"
-    path.write_text(json.dumps(dict(summary=numbers, lessons=compare.lessons(["base", "minus", "plus"]))))
+    record = dict(command="... -- --eval-every 5", summary=numbers, lessons=compare.lessons(["base", "minus", "plus"]))
+    path.write_text(json.dumps(record))
     entries, ran = house("plus")
     assert ran == [] and entries["plus"]["source"] == "old.json" and entries["plus"]["arms"]["plus"] == HIGH
     assert entries["plus"]["changed"] == [] and entries["plus"]["seconds"] is None
@@ -231,11 +250,28 @@ def test_a_family_record_counts_while_its_scripts_compute_the_same(house):
     entries, ran = house("plus", "minus", recorded=True)  # marked, and nothing is run
     assert ran == [] and entries["plus"]["changed"] == ["plus"] and entries["minus"]["verdict"] == claims.UNTRIED
     page = (house.root / "runs" / "reference" / "claims.md").read_text()
-    assert "**holds here**†" in page and "Of 2 claims, 1 hold here, 0 make no difference, 0 go" in page
+    assert "**holds here**†" in page and "Of 2 claims, 1 holds here, 0 show no difference here, 0 go the other way" in page
     entries, ran = house("plus")
     assert len(ran) == 6 and entries["plus"]["changed"] == [] and entries["plus"]["source"] == "runs"
-    entries, ran = house("plus", recorded=True, seeds=5)  # too few seeds anywhere
-    assert entries["plus"]["verdict"] == claims.UNTRIED
+    assert house("plus", recorded=True, seeds=5) == (entries, [])  # too few seeds anywhere: what is there stays
+    path.write_text(json.dumps(record | dict(command="... -- --lr 1")))
+    with pytest.raises(UserError, match="plus has other flags than the command of old.json"):
+        house("plus")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"claims": {"plus": {}}}', '{"claims": [1]}'])
+def test_a_file_of_another_kind_stays(house, text):
+    path = house.root / "runs" / "reference" / "claims.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="claims.json (cannot be read|is not what runs.claims writes)"):
+        house("plus", recorded=True)
+    assert path.read_text() == text
+
+
+def test_a_record_that_cannot_be_read(house):
+    (house.root / "runs" / "reference" / "old.json").write_text("{")
+    with pytest.raises(UserError, match="old.json cannot be read"):
+        house("plus", recorded=True)
 
 
 def test_what_a_script_computes_is_its_code_without_comments_and_docstrings():

@@ -95,12 +95,21 @@ def numbers(seed):
             runs = arms.setdefault(name, [[] for _ in means])
             for run, mean in zip(runs, means):
                 run.append((b, mean[i]))
+
     def points(flags, k):
         return [(e["step"] * s.args.repetitions, e["greedy_accuracy"]) for e in rows("cacovid", flags, "evals", k)]
 
     over = {name: [points(flags, k) for k in SEEDS] for name, flags in RUNS.items()}
     ends = {k: sum(found[k]) / len(found[k]) for k in ("all", "none")}
     return dict(curves=curves, over=over, ends=ends, clips=len(s.task.test), strip=strip, budget=s.args.budget)
+
+
+def arms(seed, budget=8):
+    """For runs.claims -> {row: {accuracy with so many tokens}}, of the selector and the draw of this seed."""
+    found, out = numbers(1)["curves"]["accuracy"], {}
+    for name, runs in found.items():  # attention has no draw of its own: one for all seeds
+        out[name] = {f"accuracy, {budget} tokens": dict(runs[min(seed, len(runs)) - 1])[budget]}
+    return out
 
 
 def draw(figure, data):
