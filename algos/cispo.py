@@ -1,8 +1,8 @@
 """CISPO: Clipped IS-weight Policy Optimization. MiniMax, "MiniMax-M1", arXiv 2506.13585 (2025).
 
-Idea: GRPO's clip silences a token once its ratio has left the interval, and the first to leave are the rare ones that turn
-a line of thought. CISPO takes the ratio for what it is, an importance weight on the log-likelihood gradient: it is capped
-and treated as a constant. Every token therefore teaches in every update, however far the policy has moved.
+Idea: take the ratio for what it is, an importance weight on the log-likelihood gradient, capped and treated as a constant.
+GRPO's clip silences a token once its ratio has left the interval, and the first to leave are the rare ones that turn a line of
+thought. Here every token teaches in every update, however far the policy has moved.
 
 Objective, to be maximised, over all tokens of the minibatch (section 3.1; equation numbers not at hand):
     J = 1/sum_i |y_i| sum_i sum_t sg[w] A_i log pi,   w = clip(r, 1 - eps_low, 1 + eps_high),   r = pi / pi_old

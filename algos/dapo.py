@@ -1,6 +1,7 @@
 """DAPO: Decoupled Clip and Dynamic sAmpling Policy Optimization. Yu et al., ByteDance Seed, arXiv 2503.14476 (2025).
 
-Idea: four repairs of GRPO for long chains of thought. The clip interval is wider above than below, so that unlikely tokens
+Idea: four repairs of GRPO for long chains of thought: a higher clip, one weight for all tokens, groups that teach, and a soft
+limit of length. The clip interval is wider above than below, so that unlikely tokens
 can grow and entropy does not collapse, and every token of the batch weighs the same, so that long completions are not
 diluted. Groups that are all right or all wrong have no advantage and are replaced by freshly sampled ones, and a
 completion that comes close to the length limit loses reward gradually before it is cut.

@@ -1,8 +1,8 @@
 """DHPO: Dynamic Hybrid Policy Optimization. Min et al., "Orchestrating Tokens and Sequences", arXiv 2601.05607 (2026).
 
-Idea: GRPO judges each token by its own ratio, GSPO a whole completion by one; the first is fine-grained and noisy, the
-second steady and blunt. DHPO clips each ratio in an interval of its own width and then mixes the two. The mixing weight is
-one half, or follows the entropy: where the policy is undecided, the token's own ratio counts more.
+Idea: clip a token's own ratio and its completion's, each in an interval of its own width, and mix the two. GRPO judges each
+token by its own, which is fine-grained and noisy, GSPO a whole completion by one, which is steady and blunt. The mixing weight
+is one half, or follows the entropy: where the policy is undecided, the token's own ratio counts more.
 
 Objective, to be maximised (Eq. 8-11 as reported by others; the text itself was not at hand):
     J = 1/B sum_i 1/|y_i| sum_t min(m A_i, m_clip A_i),   m = w r + (1 - w) s,   m_clip = w clip_tok(r) + (1 - w) clip_seq(s)

@@ -1,8 +1,8 @@
 """GSPO: Group Sequence Policy Optimization. Zheng et al., Qwen Team, arXiv 2507.18071 (2025).
 
-Idea: the reward judges a whole completion, while GRPO weighs and clips every token by a ratio drawn from a single sample,
-noise that adds up over long completions. GSPO gives the completion one ratio, the geometric mean of its tokens' ratios,
-and keeps or drops it as a whole. A mean of many log-ratios stays close to 0, so the interval is hundreds of times narrower.
+Idea: give a completion one ratio, the geometric mean of its tokens' ratios, and keep or drop it as a whole. The reward judges a
+whole completion, while GRPO weighs and clips every token by a ratio drawn from a single sample, noise that adds up over long
+completions. A mean of many log-ratios stays close to 0, so the interval is hundreds of times narrower.
 
 Objective, to be maximised (Eq. 5; section 4.3 for the token form):
     J = 1/B sum_i min(s_i A_i, clip(s_i, 1 - eps_low, 1 + eps_high) A_i),   s_i = exp( 1/|y_i| sum_t log(pi / pi_old) )

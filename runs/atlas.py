@@ -48,7 +48,7 @@ COSTS = {
     "samples": "more samples",
     "critic": "a critic",
     "model": "a second model (reference, teacher, draft)",
-    "network": "a small network",
+    "network": "a network of its own",
     "stage": "a training before it",
     "states": "hidden states or whole distributions",
     "engine": "sampling without vLLM",
@@ -57,19 +57,19 @@ COSTS = {
 # tells what a pass costs, so this is said here.
 NEEDS = dict(
     ares="model", atp_latent="network stage forward engine", bupo="forward states", byte_level="forward",
-    cacovid="forward network", ccp="model", cdpo="stage model", cispo="nothing",
-    coin="forward", cot2="stage engine", d3s="less", dapo="samples",
-    dc_pdd="forward", dcpo="nothing", decode="nothing", dhpo="nothing", did="forward", diffadapt="samples stage network",
-    dpo="model forward", dr_grpo="nothing", east="samples engine", forking_tokens="nothing", fourier_head="nothing",
+    cacovid="forward network", ccp="model", cdpo="stage model forward", cispo="nothing",
+    coin="forward network stage", cot2="stage engine", d3s="less", dapo="samples",
+    dc_pdd="nothing", dcpo="nothing", decode="nothing", dhpo="nothing", did="forward", diffadapt="samples stage network states",
+    dpo="model forward", dr_grpo="nothing", east="samples engine states", forking_tokens="nothing", fourier_head="nothing",
     gdpo="forward engine", gmpo="nothing", grpo="forward", grpo_vision="forward", gspo="nothing", gtpo="nothing", hapo="states",
-    intro="forward", lm_cascades="model network", lp_reg="forward", magic_word="forward", mdlm="forward engine",
+    intro="forward", lm_cascades="model network states", lp_reg="forward", magic_word="forward", mdlm="forward engine",
     minpro="nothing", opsd="forward model", otr="states", pf_ppo="critic samples", poad="critic model forward",
     ppo="critic forward", pppo="samples",
     precision_pretraining="states", ptp="nothing", r2q="samples model", rank_grpo="model", reinforce="nothing",
     rlfr="network stage states", rloo="nothing", rmt="forward", rng="nothing", rto="critic stage model forward", sapo="nothing",
     score="forward", seed_grpo="nothing", sft="nothing", simpo="less", soft_grpo="engine", soft_tokens="states engine",
     specdec="model", specdec_pp="model network stage states", spo="samples", steer="forward", t_ppo="critic", t_reg="forward",
-    tab_po="nothing", tdpo="model states", tgdpo="stage model", thr="states", tokenprober="forward",
+    tab_po="nothing", tdpo="model states", tgdpo="stage model forward", thr="states", tokenprober="forward",
     training_free_grpo="samples less", tw_grpo="states", unmasking_policy="network forward engine", uqac="forward states",
     vppo="forward", xar="forward", xguard="nothing",
 )  # fmt: skip
@@ -209,7 +209,7 @@ def templates(found, link):
     env.filters |= dict(safe_lines=lambda lines: Markup("\n".join(lines)), anchor=atlas_lesson.anchor)
     env.globals |= dict(scripts=found, tree=tree(found), below=lambda name, family: below(found, name, family))
     env.globals |= dict(costs=COSTS, changes=[*CHANGES, LOOP], verdicts=atlas_shown.VERDICTS, reading=list(pages.READING))
-    env.globals |= dict(link=link)
+    env.globals |= dict(link=link, metrics=atlas_shown.METRICS)
     return env
 
 

@@ -175,22 +175,17 @@ def marked(text, base_text):
 
 
 def beside(left, right, gone, new):
-    """Two lists of lines, numbers of those that are gone and new -> rows of (number left or None, number right or None)."""
+    """Two lists of lines, numbers of those that are gone and new -> rows of (number left or None, number right or None): what
+    is the same in both is level, as far as can be."""
+    kept = [i for i in range(len(left)) if i not in gone], [j for j in range(len(right)) if j not in new]
+    lines = [left[i] for i in kept[0]], [right[j] for j in kept[1]]
+    blocks = SequenceMatcher(None, *lines, autojunk=False).get_matching_blocks()
+    level = [(kept[0][of.a + k], kept[1][of.b + k]) for of in blocks for k in range(of.size)]
     rows, i, j = [], 0, 0
-    while i < len(left) or j < len(right):
-        a = list(itertools.takewhile(lambda n: n in gone, range(i, len(left))))
-        b = list(itertools.takewhile(lambda n: n in new, range(j, len(right))))
-        rows += itertools.zip_longest(a, b)
-        i, j = i + len(a), j + len(b)
-        if i < len(left) and j < len(right) and left[i] == right[j]:
-            rows.append((i, j))
-            i, j = i + 1, j + 1
-        elif j < len(right) and (i == len(left) or left[i] in right[j:]):  # the right one has its like in another part
-            rows.append((None, j))
-            j += 1
-        elif i < len(left):
-            rows.append((i, None))
-            i += 1
+    for a, b in [*level, (len(left), len(right))]:
+        rows += itertools.zip_longest(range(i, a), range(j, b))
+        rows += [(a, b)] * (a < len(left))
+        i, j = a + 1, b + 1
     return rows
 
 
@@ -199,9 +194,13 @@ def pieces(part, base_chunk, chunk, gone, new):
     left, right = base_chunk.splitlines(), chunk.splitlines()
     shown = highlighted(base_chunk), highlighted(chunk)
     out = {i for p, i in gone if p == part}, {i for p, i in new if p == part}
-    rows = beside(left, right, *out)
-    bare = [all(n is None or n not in of and ABOVE.match(s[n]) for n, of, s in zip(row, out, (left, right))) for row in rows]
-    rows = rows[next((i for i, is_bare in enumerate(bare) if not is_bare), 0) :]
+    # A part's own ruler and blank lines above it are left out: on one side alone they would push that side down.
+    starts = [
+        next((n for n, text in enumerate(side) if n in of or not ABOVE.match(text)), 0) for side, of in zip((left, right), out)
+    ]
+    a, b = starts
+    rows = beside(left[a:], right[b:], {n - a for n in out[0]}, {n - b for n in out[1]})
+    rows = [(n if n is None else n + a, m if m is None else m + b) for n, m in rows]
 
     def line(n, side):
         if n is None:

@@ -20,6 +20,21 @@ SVG = {"svg.hashsalt": "atlas", "svg.fonttype": "path", "font.size": 9}
 OWN, BASE = "#24527a", "0.6"
 
 
+# What a claim's metric is, where its name alone does not say it.
+METRICS = {
+    "win_rate": "win rate against the start",
+    "gold_reward": "true reward of the responses",
+    "credit": "agreement of the tokens' rewards with their true worth",
+    "chosen_shift": "log-prob of the chosen responses, after training less before",
+    "+100%": "share of the bills with twice the tokens that are found",
+    "k = 3": "share of the targets out of reach of three control characters",
+    "AUC-DF": "area under accuracy over the share that the large model answers",
+    "time at 0.1": "time per token, in calls of the target model, where a draft token costs a tenth of one",
+    "distance, all": "distance of the next byte's law from the true one",
+    "found before": "share of the searches that find a failure, before the checker is repaired",
+}
+
+
 @dataclass
 class Curves:
     """Curves of a method and its base, a panel for each warm start."""
@@ -73,15 +88,18 @@ def curves(name, base, claim, found):
     arms = [pair[:2] for pair in (arms if arms and isinstance(arms[0], list) else [arms])]
     for record, of in in_turn(claim, found):
         items = _items(of, "curves")
+        first = (claim or {}).get("first", [])[:2]  # of arms that start from others: these, if they are compared
         if len(arms[0]) == 2 and all(item in items for pair in arms for item in pair):
             pairs = arms
+        elif len(first) == 2 and all(item in items for item in first):
+            pairs = [first]
         else:
             pairs = _pairs(name, base, items, compare.data_of(of) if items else {})
         metric = str((claim or {}).get("metric", ""))
         wanted = COLUMNS.get(metric.split()[0] if metric else "", metric.removesuffix(" after"))
         for column in (wanted, *SHOWN):
             drawn = [[_points(items.get(item), column) for item in pair] for pair in pairs]
-            if drawn and all(any(seed) for pair in drawn for side in pair if side is not None for seed in side):
+            if drawn and all(len(seed or ()) > 1 for pair in drawn for side in pair if side is not None for seed in side):
                 own, data = pairs[0][1], compare.data_of(of)
                 words = [key.split()[1] for key in of["summary"][own] if key.startswith("greedy ")]
                 label = LABELS.get(column, column.replace("_", " ")).format(measure=(words or ["accuracy"])[0])

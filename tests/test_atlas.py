@@ -26,6 +26,7 @@ CLAIM = dict(
     controls=[dict(item="gspo,lr=3e-4", mean=0.0456, low=None, high=None, word="better")],
     verdict="no difference here", seconds=412, source="lr.json", changed=["grpo"],
 )  # fmt: skip
+RUN = CLAIM | dict(verdict="holds here", source="runs", flags="--lr 3e-4", margin=0.48, changed=[])
 # Built twice, by another process with another order of sets, too: what a test has no time for is drawn elsewhere.
 BUILD = f"""
 import sys
@@ -73,7 +74,7 @@ def site(tmp_path_factory):
     """-> the folder of a site with one claim that was tried, the file of claims."""
     folder = tmp_path_factory.mktemp("atlas")
     claims = folder / "claims.json"
-    claims.write_text(json.dumps(dict(command="", counts={}, claims=dict(sapo=CLAIM))))
+    claims.write_text(json.dumps(dict(command="", counts={}, claims=dict(sapo=CLAIM, steer=RUN))))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("claims", "draw_curves", "draw_gate"):
             patch.setattr(atlas_shown, name, getattr(atlas_shown, name))
@@ -142,11 +143,15 @@ def test_the_lesson_on_a_page_is_the_lesson(name, read):
 
 
 def test_left_and_right_stand_level(read):
+    """What is on both sides of a block and unchanged stands beside itself: as many lines as the shorter side has."""
     blocks = [(name, block) for name, page in read.items() for block in page.text.split('<div class="two">')[1:]]
-    found = [(name, block.split("</code></pre>")[:2]) for name, block in blocks]
-    for name, (left, right) in found:
-        assert left.count('class="row') == right.count('class="row') > 0, name
-    assert len(found) > 200
+    for name, block in blocks:
+        sides = [re.findall(r'class="row( same| pad)?">(.*?)\n</', side, re.S) for side in block.split("</code></pre>")[:2]]
+        assert len(sides[0]) == len(sides[1]) > 0, name
+        same = [[text for kind, text in side if kind == " same" and text.strip()] for side in sides]
+        level = [a == b for (k, a), (other, b) in zip(*sides) if k == other == " same" and a.strip()]
+        assert all(level) and len(level) >= min(map(len, same)), name
+    assert len(blocks) > 200
 
 
 def test_the_claim_and_its_numbers_stand_on_its_page(read):
@@ -159,7 +164,9 @@ def test_the_claim_and_its_numbers_stand_on_its_page(read):
     assert "The code of grpo has changed since." in words
     counts = re.findall(r'<span class="verdict \w+">([^<]+)</span></dt><dd>(\d+)</dd>', read["index.html"].text)
     written = atlas_shown.claims(Path("nowhere"))
-    assert counts == [("no difference here", "1"), ("not tried yet", str(len(written) - 1))]
+    assert counts == [("holds here", "1"), ("no difference here", "1"), ("not tried yet", str(len(written) - 2))]
+    words = " ".join(" ".join(read["steer.html"].words).split())
+    assert "From runs of its own" in words and "All arms ran with --lr 3e-4 ." in words and "0.48 or more apart" in words
     assert set(written) < set(TEXTS) and "Not tried yet" in " ".join(read["rng.html"].words)
 
 
@@ -201,6 +208,11 @@ def test_a_curve_is_called_what_it_is():
     found, claims = atlas_shown.records(), atlas_shown.claims()
     for name, measure in dict(poad="greedy return", rank_grpo="greedy score", steer="greedy accuracy").items():
         assert atlas_shown.curves(name, None, claims[name], found).measure.split(" on ")[0] == measure
+    # of what starts from other runs, these; of one evaluation there is no curve
+    shown = atlas_shown.curves("precision_pretraining", "sft", claims["precision_pretraining"], found)
+    assert (shown.base, shown.own) == ("precision_pretraining,beta=0", "precision_pretraining,beta=-0.25")
+    record = dict(found["latent-cot2-csft"], curves={"cot2": [[dict(step=0, greedy_accuracy=1.0)]]})
+    assert atlas_shown.curves("cot2", None, None, {"a": record}) is None
 
 
 def test_a_gate_is_drawn_where_the_base_has_another(read):

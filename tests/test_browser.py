@@ -78,6 +78,12 @@ def test_search_and_filters(open_):
     Select(driver.find_element(By.ID, "changes")).select_by_visible_text("advantages")
     changes = {n: driver.find_element(By.ID, n).get_attribute("data-changes").split("|") for n in critics}
     assert seen(driver) == [n for n in critics if "advantages" in changes[n]] != critics
+    for field in ("costs", "changes"):
+        Select(driver.find_element(By.ID, field)).select_by_value("")
+    word = Select(driver.find_element(By.ID, "verdict")).options[1].text
+    Select(driver.find_element(By.ID, "verdict")).select_by_visible_text(word)
+    told = {n: driver.find_element(By.ID, n).get_attribute("data-verdict") for n in NAMES}
+    assert set(seen(driver)) == {n for n in NAMES if told[n] == word} != set()
 
 
 def test_what_is_the_same_folds(open_):
@@ -174,7 +180,7 @@ def test_a_keyboard_reaches_the_text_and_the_search(open_):
     for _ in range(40):
         driver.switch_to.active_element.send_keys(Keys.TAB)
         reached.append(driver.switch_to.active_element.get_attribute("id"))
-    assert {"find", "changes", "costs"} <= set(reached)
+    assert {"find", "changes", "costs", "verdict"} <= set(reached)
 
 
 def test_the_committed_screenshots_are_of_pages_that_there_are(site):

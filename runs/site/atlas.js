@@ -8,8 +8,8 @@ function map() {
   form.hidden = false;
   function show() {
     const words = by("find").value.toLowerCase().split(/\s+/).filter(Boolean);
-    const wanted = { changes: by("changes").value, costs: by("costs").value };
-    const quiet = !words.length && !wanted.changes && !wanted.costs;
+    const wanted = { changes: by("changes").value, costs: by("costs").value, verdict: by("verdict").value };
+    const quiet = !words.length && !Object.values(wanted).some(Boolean);
     let n = 0;
     for (const item of items) { // from the last to the first: what stands below is known before what it stands below
       const fits = words.every((w) => item.dataset.find.includes(w))
