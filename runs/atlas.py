@@ -109,7 +109,7 @@ def changes(names, text):
 
 def entries():
     """{name: Entry} of all scripts, each after its base."""
-    texts = {name: (sync.ALGOS / f"{name}.py").read_text() for name in sync.scripts()}
+    texts = {name: (sync.ALGOS / f"{name}.py").read_text(encoding="utf-8") for name in sync.scripts()}
     claims, out = atlas_shown.claims(), {}
     for name, text in texts.items():
         base, named = parts.differs(text)
@@ -227,13 +227,13 @@ def build(out, source=None):
             base = found[entry.base].text if entry.base else None
             values = dict(entry=entry, lesson=atlas_lesson.lesson(entry.text, base))
             values["shown"] = results(entry, shown, folder / "pictures")
-            (folder / f"{name}.html").write_text(env.get_template("method.html").render(values))
+            (folder / f"{name}.html").write_text(env.get_template("method.html").render(values), encoding="utf-8")
         for name in ("index.html", "pair.html"):
-            (folder / name).write_text(env.get_template(name).render())
+            (folder / name).write_text(env.get_template(name).render(), encoding="utf-8")
         for name in ("style.css", "atlas.js"):
             shutil.copyfile(SITE / name, folder / name)
         (folder / "code.css").write_text(code_css())
-        (folder / "parts.js").write_text(parts_js(found))
+        (folder / "parts.js").write_text(parts_js(found), encoding="utf-8")
         (folder / MARK).write_text("Written by python -m runs.atlas, which replaces this folder.\n")
     return len(found)
 

@@ -52,8 +52,8 @@ class Curves:
 
 def claims(path=REFERENCE / "claims.json", written=ROOT / "runs" / "claims.toml"):
     """{script: its claim} of what is written down, with what was found, where it was tried, under "found"."""
-    judged = json.loads(path.read_text())["claims"] if path.exists() else {}
-    said = tomllib.loads(written.read_text()) if written.exists() else {}
+    judged = json.loads(path.read_text(encoding="utf-8"))["claims"] if path.exists() else {}
+    said = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
     out = {}
     for name in [*said, *(n for n in judged if n not in said)]:
         found = judged.get(name) or {}
@@ -65,7 +65,7 @@ def claims(path=REFERENCE / "claims.json", written=ROOT / "runs" / "claims.toml"
 
 def records(folder=REFERENCE):
     """{name: record} of what runs.compare and runs.sweep have written into a folder."""
-    found = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))}
     return {n: r for n, r in found.items() if isinstance(r, dict) and any(_items(r, kind) for kind in ("curves", "results"))}
 
 
@@ -135,7 +135,7 @@ def gates(path=REFERENCE / "gates.json", names=()):
     """-> (ratios, {script: {what is moved: {"+1" or "-1": [own push, push of later tokens]}}})."""
     if not path.exists():
         return [], {}
-    record, out = json.loads(path.read_text()), {}
+    record, out = json.loads(path.read_text(encoding="utf-8")), {}
     for title, of in record["gates"].items():
         script, how = None, {}
         for word in title.split(", "):
@@ -236,7 +236,7 @@ class Section:
 
 def sections(readme=REFERENCE / "README.md"):
     """The third-level sections of a page of results, in order."""
-    text = readme.read_text() if readme.exists() else ""
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     found = re.findall(r"^### (.+)\n((?:(?!^#{1,3} ).*\n?)*)", text, re.M)
     return [Section(title, re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"), body) for title, body in found]
 

@@ -100,10 +100,12 @@ def asked(claim):
 
 
 def kept(slug, claim, options):
-    """{arm: numbers} that claims.json has of a claim, and its entry."""
-    old = entries_of(options.out).get(slug, {})
-    same = old.get("asked") == asked(claim) and old.get("seeds", 0) >= options.seeds
-    return {arm: values[: options.seeds] for arm, values in old["arms"].items()} if same else {}, old
+    """{arm: numbers} that claims.json has of a claim, and its entry: the one at --out, else the one in runs/reference."""
+    for out in (options.out, ROOT / "runs" / "reference" / "claims"):
+        old = entries_of(out).get(slug, {})
+        if old.get("arms") and old["asked"] == asked(claim) and old["seeds"] >= options.seeds:
+            return {arm: values[: options.seeds] for arm, values in old["arms"].items()}, old
+    return {}, {}
 
 
 def training(flags):

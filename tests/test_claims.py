@@ -212,6 +212,8 @@ def test_what_is_missing_is_run_once_and_a_change_of_the_code_runs_it_again(hous
     entries, ran = house("plus", fresh=True, seeds=4)  # three of the four lie in runs/compare
     assert ran == ["base 4", "plus 4"] and entries["plus"]["seeds"] == 4
     assert house("plus", seeds=3) == (entries, [])  # four are better than three
+    claims.main(claims.Options(("plus",), out=str(house.root / "new" / "claims")))  # elsewhere: from what is recorded
+    assert len(json.loads((house.root / "new" / "claims.json").read_text())["claims"]["plus"]["arms"]["plus"]) == 3
     toml = house.root / "claims.toml"
     toml.write_text(TOML.replace('record = "old"', 'flags = "--lr 2"'))  # another experiment: nothing is taken for it
     entries, ran = house("plus", "plus", jobs=3)

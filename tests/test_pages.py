@@ -116,7 +116,7 @@ def test_pages_say_what_scripts_say(tmp_path):
     page = "a\n<!-- families -->\nold\n<!-- end families -->\nb\n"
     made = ["a", "<!-- families -->", *table, "<!-- end families -->", "b"]
     assert pages.readme(page, lessons, None).splitlines() == made
-    said = "[The central claim of every paper, tried in miniature](runs/reference/claims.md): of 6 claims, 1 hold here, "
-    said += "2 make no difference, 3 go the other way round."
+    said = "[The central claim of every paper, tried in miniature](runs/reference/claims.md): of 6 claims, 1 holds here, "
+    said += "2 show no difference here, 3 go the other way round here."
     assert pages.readme(page, lessons, tried).splitlines() == [*made[:2], said, "", *made[2:]]
     assert pages.readme("no block\n", lessons, None) == "no block\n"
