@@ -248,6 +248,12 @@ def test_a_family_record_counts_while_its_scripts_compute_the_same(house):
     entries, ran = house("plus")
     assert ran == [] and entries["plus"]["source"] == "old.json" and entries["plus"]["arms"]["plus"] == HIGH
     assert entries["plus"]["changed"] == [] and entries["plus"]["seconds"] is None
+    toml = house.root / "claims.toml"
+    toml.write_text(TOML.replace('"plus"]', '"plus", "minus"]'))
+    entries, ran = house("plus")  # an arm that the record has not
+    assert ran == ["minus 1", "minus 2", "minus 3"] and entries["plus"]["source"] == "old.json and runs"
+    toml.write_text(TOML)
+    assert house("plus")[1] == []
     write(house.root, "plus", 0.5)
     entries, ran = house("plus", "minus", recorded=True)  # marked, and nothing is run
     assert ran == [] and entries["plus"]["changed"] == ["plus"] and entries["minus"]["verdict"] == claims.UNTRIED
