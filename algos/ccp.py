@@ -226,9 +226,10 @@ def given(path, n):
     from common import UserError, tables
 
     def checked(row, where):
-        texts = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))
+        texts = isinstance(row, dict) and all(row.get(k) and isinstance(row[k], str) for k in ("prompt", "response"))
         pairs = texts and row.get("claims")
-        if not isinstance(pairs, list) or not all(isinstance(p, list) and len(p) == 2 and p[1] in (0, 1) for p in pairs):
+        fine = isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)
+        if not fine or not all(isinstance(text, str) and right in (0, 1) for text, right in pairs):
             raise UserError(f"{where}: needs prompt, response and claims, each a text and 0 or 1")
         return row
 
@@ -319,7 +320,7 @@ def main(args):
             if spans := aligned(claim, text):
                 claims.append([any(a < end and start < b for a, b in spans) for start, end in zip(starts, ends)])
                 kept.append((relation, claim, right))
-        at = torch.tensor(claims).view(len(claims), len(ids))
+        at = torch.tensor(claims, dtype=torch.bool).view(len(claims), len(ids))
         of = {name: x.tolist() for name, x in scores(logp, entropy, log_ccp, at, args).items()}
         last = [int(row.nonzero()[-1]) for row in at]
         run.write(dict(item=i, asked=asked, text=text, claims=[
@@ -328,8 +329,11 @@ def main(args):
             for j, (relation, claim, right) in enumerate(kept)],
             pieces=[[piece + " ", 1 - x] for piece, x in zip(pieces, log_ccp.exp().tolist())]))  # fmt: skip
 
+    if not any(row["claims"] for row in run.rows()):
+        raise UserError("no claim could be scored: the words of none stand in its text, in their order")
     found = results(run.rows(), args)
-    said = ", ".join(f"{name} {row['AUROC']:.2f}" for name, row in found["table"].items() if row["AUROC"] is not None)
+    known = {name: row["AUROC"] for name, row in found["table"].items() if "low" in row and row["AUROC"] is not None}
+    said = ", ".join(f"{name} {x:.2f}" for name, x in known.items())
     run.finish(found, f"AUROC of right claims: {said or 'not defined: all right, or all wrong'}")
 
 

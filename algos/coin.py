@@ -61,8 +61,8 @@ class Args:
     """auto: a CUDA GPU where there is one, else the CPU"""
 
     # CoIn
-    limits = dict(items="1 <= x", problems="8 <= x", verified="8 <= x", block_size="2 <= x", opened="1 <= x")
-    limits |= dict(exposure="0 < x <= 1", challenges="1 <= x", false_alarms="0 <= x <= 1", hard="0 <= x <= 1")
+    limits = dict(items="2 <= x: fillers come from others", problems="8 <= x", verified="8 <= x", block_size="2 <= x")
+    limits |= dict(opened="1 <= x", exposure="0 < x <= 1", challenges="1 <= x", false_alarms="0 <= x <= 1", hard="0 <= x <= 1")
     limits |= dict(junk="0 <= x <= 1", fit_steps="1 <= x", verifier_steps="1 <= x", pairs="2 <= x")
     traces: str | None = None
     """.jsonl file with reasoning and answer, or with response (reasoning</think>answer); None: sums of letters, made here"""

@@ -279,9 +279,11 @@ def main(args):
         ids = tokenizer(f": {short}" if not args.texts else short, add_special_tokens=False).input_ids
         return ids[: policy.lm.config.max_position_embeddings]
 
+    told = [(encode(text), f"text {i} of --reference") for i, text in enumerate(reference, 1)]
+    models.check_tokens([*told, *((encode(e["text"]), "a text of --texts") for e in candidates)], policy.lm.config)
     counts = torch.zeros(policy.lm.config.vocab_size, dtype=torch.int64)
     for text in reference:
-        counts += torch.tensor(encode(text)[1:] or [0]).bincount(minlength=len(counts))
+        counts += torch.tensor(encode(text)[1:], dtype=torch.int64).bincount(minlength=len(counts))
     f = frequencies(counts).to(device)
 
     for some in run.left(len(candidates), args.batch):

@@ -126,7 +126,7 @@ def given(path, n):
     from common import UserError, tables
 
     def checked(row, where):
-        texts = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))
+        texts = isinstance(row, dict) and all(row.get(k) and isinstance(row[k], str) for k in ("prompt", "response"))
         if not texts or row.get("label") not in (0, 1):
             raise UserError(f"{where}: needs prompt, response and a label of 0 or 1")
         return row
@@ -145,17 +145,21 @@ def main(args):
     args, config, device = settings.prepare(__file__, args)
     tokenizer = models.load_tokenizer(args)
     rows = given(args.responses, args.items) if args.responses else None
-    task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt)
-    context = models.check_context(config, task, args)
+    if rows:
+        ids = [[tokenizer(row[k], add_special_tokens=False).input_ids for k in ("prompt", "response")] for row in rows]
+        ids = [(p, r + [tokenizer.eos_token_id]) for p, r in ids]
+        models.check_tokens([(p + r, f"row {i} of --responses") for i, (p, r) in enumerate(ids, 1)], config)
+    else:
+        task = tasks.load(args.task, tokenizer, args.prompt_template, args.system_prompt)
+        context = models.check_context(config, task, args)
     run = items.Items(__file__, args, config)
     policy = models.load(args, device, trainable=False)
     engine = None if rows else engines.make_engine(policy, tokenizer, args, context)
-    scorer = rewards.Scorer(task.check, inline=task.inline)
+    scorer = None if rows else rewards.Scorer(task.check, inline=task.inline)
 
     for some in run.left(len(rows or ()) or args.items, args.batch):
         if rows:
-            ids = [[tokenizer(rows[i][k], add_special_tokens=False).input_ids for k in ("prompt", "response")] for i in some]
-            batch = collate([(p, r + [tokenizer.eos_token_id]) for p, r in ids], tokenizer.pad_token_id, device)
+            batch = collate([ids[i] for i in some], tokenizer.pad_token_id, device)
             asked, right = [rows[i]["prompt"] for i in some], [rows[i]["label"] for i in some]
         else:
             examples = [task.test[i % len(task.test)] for i in some]
@@ -171,7 +175,7 @@ def main(args):
                     for j, i in enumerate(some)))  # fmt: skip
 
     found = results(run.rows(), args)
-    said = ", ".join(f"{name} {x['AUROC']:.2f}" for name, x in found["table"].items() if x["AUROC"] is not None)
+    said = ", ".join(f"{name} {x['AUROC']:.2f}" for name, x in found["table"].items() if "low" in x and x["AUROC"] is not None)
     run.finish(found, f"AUROC of right responses: {said or 'not defined: all right, or all wrong'}")
 
 

@@ -466,7 +466,7 @@ def main(args):
         for number, policy in enumerate(POLICIES):
             draw = random.Random(gpu.hash_seed(args.seed, i, 5, number))
             failure, calls = search(first, ask, policy, draw, args)
-            found = record(first, failure, ask, seen["delete"], args) if failure else dict(failure=None)
+            found = record(first, failure, ask, seen[args.impact], args) if failure else dict(failure=None)
             searches[policy] = found | dict(calls=calls)
         counts = fresh(judge, random.Random(gpu.hash_seed(args.seed, i % args.items, 6)), args)
         begun = dict(item=i, stage=stage, first=first, g=strength(first), c=judge([first], [places])[0].tolist())

@@ -312,7 +312,7 @@ def given(path, n):
     from common import UserError, tables
 
     def checked(row, where):
-        texts = isinstance(row, dict) and all(isinstance(row.get(k), str) for k in ("prompt", "response"))
+        texts = isinstance(row, dict) and all(row.get(k) and isinstance(row[k], str) for k in ("prompt", "response"))
         if not texts or row.get("label") not in (0, 1):
             raise UserError(f"{where}: needs prompt, response and a label of 0 or 1")
         return row

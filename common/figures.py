@@ -102,7 +102,7 @@ def draw(items, path):
 
 def _panel(axis, panel):
     of, kind = panel["of"], panel["kind"]
-    axis.set_title(wrapped(panel["title"], 110 if kind == "tokens" else 44), fontsize=9)
+    axis.set_title(wrapped(panel["title"], 110 if kind == "tokens" else 44), fontsize=9, parse_math=False)
     if kind == "tokens":
         return _tokens(axis, of)
     colours = dict(zip(of, pyplot().get_cmap("tab10").colors * 3))
@@ -168,13 +168,14 @@ def _tokens(axis, of):
     axis.set_ylim(sum(len(_broken(seeds[0])) for seeds in of.values()), 0)
     axis.set_axis_off()
     ground, y = pyplot().get_cmap("Oranges"), 0
+    look = dict(fontsize=7, family="monospace", ha="center", va="center")
     for label, seeds in of.items():
-        axis.text(21, y + 0.5, label[:28], fontsize=7, ha="right", va="center", color="0.3")
+        axis.text(21, y + 0.5, label[:28], fontsize=7, ha="right", va="center", color="0.3", parse_math=False)
         for line in _broken(seeds[0]):
             x = 22
             for text, number in line:
                 shown = text.replace("\n", "\u21b5")
                 axis.add_patch(pyplot().Rectangle((x, y + 0.06), len(shown), 0.88, color=ground(0.75 * number), lw=0))
-                axis.text(x + len(shown) / 2, y + 0.5, shown, fontsize=7, family="monospace", ha="center", va="center")
+                axis.text(x + len(shown) / 2, y + 0.5, shown, parse_math=False, **look)
                 x += len(shown)
             y += 1

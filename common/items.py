@@ -23,6 +23,9 @@ class Items(runlog.Run):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.dir = Path(args.resume or args.run_dir or ROOT / "runs" / f"{self.name}-{args.seed}-{stamp}")
         before = self.dir / "items.jsonl"
+        told = json.loads((self.dir / "config.json").read_text())["args"] if args.resume else vars(args)
+        if told.get("model") != vars(args).get("model"):  # there are no weights in the folder: the lines are the model's
+            raise UserError(f"--resume {args.resume}: --model is {told['model']} there, not {args.model}")
         if not args.resume and any(self.dir.glob("*.jsonl")):
             raise UserError(f"--run-dir {self.dir} already holds a run; continue it with --resume {self.dir}")
         self._write_config(config, before.read_bytes().count(b"\n") if before.exists() else 0)

@@ -32,8 +32,11 @@ def ece(chance, label, bins=10):
 
 def interval(of, *arrays, resamples=1000, seed=0):
     """95% bootstrap interval (percentile, rows resampled together) of the number that of(*arrays) gives; (None, None) where a
-    resample has none."""
+    resample has none, and of fewer than two rows."""
     from scipy import stats
+
+    if len(arrays[0]) < 2:
+        return None, None
 
     def number(*parts):
         found = of(*parts)

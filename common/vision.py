@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
-from transformers.utils import cached_file
+from transformers import AutoImageProcessor, utils
 
 from common import UserError, encoding, models, reason, tables, tasks
 
@@ -54,7 +53,7 @@ class Processor:
     def save_pretrained(self, folder):
         """Both, and what AutoProcessor has in files besides."""
         for name in FILES if self.source else ():
-            if found := cached_file(self.source, name, _raise_exceptions_for_missing_entries=False):
+            if found := utils.cached_file(self.source, name, _raise_exceptions_for_missing_entries=False):
                 shutil.copy(found, folder)
         self.image_processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -152,11 +151,10 @@ def seeing_row(folder, prompt_template, row, where):
     if isinstance(prompt, str) or prompt_template:
         text = encoding.fill(prompt_template or tasks.CHAT_TEMPLATE, [text])[0]
     parts, pieces = [{"type": _kind(x), _kind(x): x} for x in shown], text.split(MARK)
-    if len(pieces) == len(parts) + 1 > 1:
-        texts = [dict(type="text", text=piece) for piece in pieces]
-        said = [texts[0], *(x for both in zip(parts, texts[1:]) for x in both)]
-    else:
-        said = [*parts, dict(type="text", text=text)]
+    if len(pieces) not in (1, len(parts) + 1):
+        raise UserError(f"{where}: has {len(parts)} pictures, and its prompt {len(pieces) - 1} times {MARK}")
+    texts = [dict(type="text", text=piece) for piece in pieces]
+    said = [texts[0], *(x for both in zip(parts, texts[1:]) for x in both)] if len(pieces) > 1 else [*parts, *texts]
     return [*before, dict(role="user", content=said)], answer, where
 
 
@@ -207,14 +205,13 @@ def load_processor(args, image_tokens, warm=None):
     """The Processor of `args.model`; a picture of more than so many tokens is made smaller. `warm`: what a tiny model is
     warm-started on (tasks.warmed)."""
     tokenizer = models.load_tokenizer(args, warm)
-    name = tokenizer.name_or_path
     try:
-        eyes = AutoImageProcessor.from_pretrained(name)
+        eyes = AutoImageProcessor.from_pretrained(tokenizer.name_or_path)
         most = image_tokens * (eyes.patch_size * eyes.merge_size) ** 2
         eyes.size = type(eyes.size)(**{k: min(eyes.size[k], most) for k in ("shortest_edge", "longest_edge")})
     except Exception as error:
         raise UserError(f"model {args.model}: it has nothing that reads pictures ({reason(error)})") from None
-    return Processor(tokenizer, eyes, name)
+    return Processor(tokenizer, eyes, tokenizer.name_or_path)
 
 
 def load(args, processor, task=None):
@@ -223,7 +220,10 @@ def load(args, processor, task=None):
         raise UserError("--task: give rows with image, prompt and answer: --task path/to/rows.jsonl")
     parse = functools.partial(seeing_row, os.path.dirname(args.task), args.prompt_template)
     task = task or tasks.load(args.task, reward=args.reward, parse=parse)
-    return task, encode(task, processor, args.prompt_template, args.system_prompt)
+    pictures = encode(task, processor, args.prompt_template, args.system_prompt)
+    if pictures.shown:
+        return task, pictures
+    raise UserError(f"task {task.name}: none of its rows has a picture: give image, or video")
 
 
 def look(policy, task, pictures, frozen=False):

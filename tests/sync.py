@@ -51,12 +51,12 @@ EXCEPTIONS = {
     "specdec_pp": (126, 40, "a small network of its own: its labels, its fit, and a rule that asks it while drafting"),
     "byte_level": (297, 58, "its state is a set of sequences: a tokenizer is read as one of bytes, and two models are asked"),
     "east": (169, 60, "an agent's episodes around the sampler, rows steered at once, and a direction found before them"),
-    "ccp": (180, 73, "claims and their alternatives: another model judges pairs, and a text is cut into what it claims"),
-    "dc_pdd": (155, 68, "texts without prompts: a corpus is counted, three readings of a law, and no sampling"),
+    "ccp": (188, 80, "claims and their alternatives: another model judges pairs, and a text is cut into what it claims"),
+    "dc_pdd": (161, 74, "texts without prompts: a corpus is counted, three readings of a law, and no sampling"),
     "diffadapt": (226, 85, "two rounds of samples, and between them a threshold and a probe: labels, training and choice"),
-    "uqac": (145, 46, "a chain, its variants and their marginal for every response; a world of its own"),
+    "uqac": (157, 58, "a chain, its variants and their marginal for every response; a world of its own"),
     "xguard": (111, 29, "a decision beside the loss: scores, thresholds, reward, distillation, ids that are checked, a task"),
-    "lm_cascades": (195, 96, "two models that answer, a network that is fitted to both, and a choice on items of its own"),
+    "lm_cascades": (199, 100, "two models that answer, a network that is fitted to both, and a choice on items of its own"),
     "dapo": (60, 25, "samples until the groups teach: the rollout itself is a loop"),
 }
 

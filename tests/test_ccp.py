@@ -125,6 +125,9 @@ def test_texts_of_files(tmp_path, tiny):
     first, second = lines(tmp_path / "run" / "items.jsonl")
     assert [c["claim"] for c in first["claims"]] == ["is 46"] and [c["right"] for c in second["claims"]] == [0, 1]
     assert [-c["scores"]["length"] for c in first["claims"] + second["claims"]] == [4, 1, 6]
+    (tmp_path / "y.jsonl").write_text(json.dumps(rows[0] | dict(claims=[["gone", 0]])) + "\n")
+    argv[3] = tmp_path / "y.jsonl"
+    assert "no claim could be scored" in user_error(run(tmp_path, *argv, "--run-dir", tmp_path / "none", script=SCRIPT))
     assert all(c["scores"]["probability"] < 0 >= c["scores"]["CCP"] for c in first["claims"] + second["claims"])
     with torch.no_grad():
         judge = ccp.classifier(str(nli), "cpu")

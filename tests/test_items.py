@@ -1,6 +1,5 @@
 """Scripts that train no policy, as a user runs them: killed at any moment and resumed they write the bytes of a whole run."""
 
-import functools
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from tests.helpers import ROOT, lines, run, start, user_error
 TEXTS = {p.stem: p.read_text() for p in sorted((ROOT / "algos").glob("*.py"))}
 ELSEWHERE = ("east",)  # its own tests cut and resume it: without a long warm start it has nothing to steer
 SCRIPTS = [name for name, text in TEXTS.items() if "\ndef main(args)" in text and name not in ELSEWHERE]
-UNTRAINED = ("byte_level", "ccp", "diffadapt", "uqac")  # whose warm starts take long
+UNTRAINED = ("byte_level", "diffadapt")  # whose warm starts take long
 FILES = ("items.jsonl", "results.json")
 # What makes a script's run small.
 OWN = dict(
@@ -44,7 +43,8 @@ def fresh():
     """In a child, before its script: no warm start trains anything."""
     from common.worlds import tiny
 
-    tiny.warm_start = functools.partial(tiny.warm_start, fresh=True)
+    made = tiny.warm_start
+    tiny.warm_start = lambda *args, **how: made(*args, **how | dict(fresh=True))
 
 
 def how(name):
@@ -134,6 +134,8 @@ def test_mistakes(whole, tmp_path):
     script = ROOT / "algos" / "decode.py"
     assert "already holds a run" in user_error(run(tmp_path, "--run-dir", folder, script=script))
     assert "--items is 6 there, not 7" in user_error(run(tmp_path, "--resume", folder, "--items", 7, script=script))
+    said = user_error(run(tmp_path, "--resume", folder, "--model", "tiny-small", script=script))
+    assert "--model is tiny there, not tiny-small" in said
     assert "--items must be at least 1" in user_error(run(tmp_path, "--items", 0, script=script))
     assert "--temperature must be at least 0" in user_error(run(tmp_path, "--temperature", "-1", script=script))
 

@@ -53,6 +53,7 @@ def test_interval():
     assert measures.interval(lambda x: x.mean(), [3.0] * 9) == (3.0, 3.0)
     assert measures.interval(lambda x, y: (x - y).mean(), values, values) == (0.0, 0.0)  # rows stay together
     assert measures.interval(lambda x: x.mean(), values) == (low, high)
+    assert measures.interval(lambda x: x.mean(), [1.0]) == (None, None) == measures.interval(lambda x: x.mean(), [])
 
 
 RESULTS = dict(

@@ -91,7 +91,8 @@ def test_responses_of_a_file(tmp_path, tiny):
 @pytest.mark.parametrize(
     "row, said",
     [({}, "jsonl:2: needs prompt, response and a label"), (dict(prompt="1", response="2", label="yes"), "jsonl:2: needs"),
-     (dict(prompt="1", response=2, label=1), "jsonl:2: needs"), ([1], "jsonl:2: needs")],
+     (dict(prompt="1", response=2, label=1), "jsonl:2: needs"), ([1], "jsonl:2: needs"),
+     (dict(prompt="", response="2", label=1), "jsonl:2: needs")],
 )  # fmt: skip
 def test_rows_that_are_none(tmp_path, tiny, row, said):
     path, made = given(tmp_path, 1)
@@ -123,6 +124,16 @@ def test_sampled_responses(tmp_path):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
     assert all(row["scores"]["sum"] < -0.01 for row in cold)  # at 0.01 it would be 0
     assert "AUROC" in done.out.splitlines()[-1]
+
+
+def test_texts_of_a_user(tmp_path, tiny):
+    """They need no task, and a dollar in them is no mathematics of the picture's; a single one has no interval; of one class
+    alone there is no AUROC."""
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(dict(prompt="1+1=", response="2$x^$", label=1)) + "\n")
+    done = run(tmp_path, "--model", tiny, "--responses", path, "--run-dir", tmp_path / "run", script=SCRIPT)
+    assert done.code == 0 and "not defined: all right, or all wrong" in done.out.splitlines()[-1], done.err
+    assert (tmp_path / "run" / "picture.png").exists()
 
 
 def test_mistakes(tmp_path):

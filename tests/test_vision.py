@@ -315,11 +315,15 @@ def test_rows_of_files(tmp_path):
         (5, 1, "needs an object with prompt and answer"),
         (dict(rows[0], image="rows.jsonl"), 1, "a picture cannot be read"),
         (dict(rows[0], video=["img/0.png", "img/1.png"]), 1, "several sizes"),
+        (dict(rows[0], prompt="<image> and <image>"), 1, "has 1 pictures, and its prompt 2 times <image>"),
     ):
         args.task = str(written(tmp_path, [row, *rows[1:]]))
         with pytest.raises(UserError, match=complaint) as caught:
             vision.load(args, made)
         assert str(caught.value).startswith(f"{args.task}:{line}: ")
+    args.task = str(written(tmp_path, [dict(prompt=f"{i}?", answer="1") for i in range(9)]))
+    with pytest.raises(UserError, match="none of its rows has a picture"):
+        vision.load(args, made)
     made.tokenizer.chat_template = "{% for m in messages %}text{% endfor %}"
     args.task = str(written(tmp_path, rows))
     with pytest.raises(UserError, match="has 1 pictures, and its prompt 0 places for them"):
