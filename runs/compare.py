@@ -97,7 +97,7 @@ def run(item, seed, extra, share):
         done = launch.complete(script, ["--seed", str(seed), *words], folder, share)
         if done.returncode:
             raise UserError(f"{script}.py with seed {seed} failed: {launch.last_line(done.stderr)}")
-        said = [launch.last_line(done.stdout), launch.code(script), f"{time.monotonic() - begun:.1f} seconds"]
+        said = [launch.last_line(done.stdout), launch.code(script), f"{time.monotonic() - begun:.3f} seconds"]
         (folder / "done").write_text("\n".join(said) + "\n")
     print(f"{folder.name}: {said[0]}", flush=True)
     return folder
