@@ -573,7 +573,8 @@ def test_mistakes(folder, tmp_path):
     """One line each, before anything is trained."""
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
     for name, change in (("none", dict(video=[])), ("two", dict(image="0-0.png"))):
-        text = "".join(json.dumps(row | change | dict(prompt=f"{i}?")) + "\n" for i in range(6))
+        changed = [row | (change if i < 5 else {}) | dict(prompt=f"{i}?") for i in range(6)]  # one has a picture
+        text = "".join(json.dumps(row) + "\n" for row in changed)
         (folder / f"{name}.jsonl").write_text(text)
     real = dict(model=str(folder / "model"), run_dir=str(tmp_path / "run"), dtype="float32", optimizer="adamw")
     for flags, why in (
