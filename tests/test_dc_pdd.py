@@ -111,7 +111,7 @@ def test_texts_of_files(tmp_path, tiny):
 
     rows = [dict(input=f"{i}+{i}= {i}", label=i % 2) for i in range(5)] + [dict(text="1+2 3 4 5", label=1)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "other.jsonl").write_text('{"text": "11+1"}\n{"text": "2"}\n')
+    (tmp_path / "other.jsonl").write_text('{"text": "11+1"}\n' + '{"text": "2"}\n' * 50)  # a single token counts nothing
     argv = ["--model", tiny, "--texts", tmp_path / "texts.jsonl", "--reference", tmp_path / "other.jsonl", "--words", 2]
     done = run(tmp_path, *argv, "--batch", 4, "--run-dir", tmp_path / "run", script=SCRIPT)
     assert done.code == 0, done.err

@@ -130,7 +130,7 @@ def test_texts_of_a_user(tmp_path, tiny):
     """They need no task, and a dollar in them is no mathematics of the picture's; a single one has no interval; of one class
     alone there is no AUROC."""
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps(dict(prompt="1+1=", response="2$x^$", label=1)) + "\n")
+    path.write_text(json.dumps(dict(prompt="$x^$", response="2", label=1)) + "\n")
     done = run(tmp_path, "--model", tiny, "--responses", path, "--run-dir", tmp_path / "run", script=SCRIPT)
     assert done.code == 0 and "not defined: all right, or all wrong" in done.out.splitlines()[-1], done.err
     assert (tmp_path / "run" / "picture.png").exists()
